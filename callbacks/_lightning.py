@@ -1,0 +1,48 @@
+"""One ``Callback`` base that both Lightning distributions accept.
+
+``lightning.pytorch.Callback`` and ``pytorch_lightning.Callback`` are unrelated classes, and ``LightningCLI`` refuses a
+callback of the other distribution. Inheriting from every installed one makes a callback at home in both, without two
+copies of it. The type checker only sees ``pytorch_lightning``, which is the distribution this package depends on.
+
+Code that uses this base must never test ``isinstance(x, Trainer)`` against one of the distributions: use the objects
+that Lightning hands in.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__all__ = ["NAMESPACES", "Callback"]
+
+
+def _installed_callbacks() -> dict[str, type]:
+    found: dict[str, type] = {}
+    for namespace in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            module = importlib.import_module(namespace)
+        except ModuleNotFoundError as error:
+            # Only "this distribution is absent" may pass; a broken installation has to be seen.
+            if error.name is None or not namespace.startswith(error.name):
+                raise
+            continue
+        found[namespace] = module.Callback
+    return found
+
+
+_CALLBACKS = _installed_callbacks()
+
+NAMESPACES: tuple[str, ...] = tuple(_CALLBACKS)
+"""The Lightning distributions found: ``"lightning.pytorch"`` and/or ``"pytorch_lightning"``."""
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+else:
+    Callback = type(
+        "Callback",
+        tuple(_CALLBACKS.values()),
+        {
+            "__doc__": "Base of this package's callbacks: a subclass of every installed Lightning ``Callback``.",
+            "__module__": __name__,
+        },
+    )
