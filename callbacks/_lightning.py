@@ -1,11 +1,12 @@
 """One ``Callback`` base that both Lightning distributions accept.
 
-``lightning.pytorch.Callback`` and ``pytorch_lightning.Callback`` are unrelated classes, and ``LightningCLI`` refuses a
-callback of the other distribution. Inheriting from every installed one makes a callback at home in both, without two
-copies of it. The type checker only sees ``pytorch_lightning``, which is the distribution this package depends on.
+``lightning.pytorch.Callback`` and ``pytorch_lightning.Callback`` are unrelated classes, and
+``LightningCLI`` refuses a callback of the other distribution. Inheriting from every installed one
+makes a callback at home in both, without two copies of it. The type checker only sees
+``pytorch_lightning``, which is the distribution this package depends on.
 
-Code that uses this base must never test ``isinstance(x, Trainer)`` against one of the distributions: use the objects
-that Lightning hands in.
+Code that uses this base must never test ``isinstance(x, Trainer)`` against one of the
+distributions: use the objects that Lightning hands in.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ else:
         "Callback",
         tuple(_CALLBACKS.values()),
         {
-            "__doc__": "Base of this package's callbacks: a subclass of every installed Lightning ``Callback``.",
+            "__doc__": "A subclass of the ``Callback`` of every installed Lightning distribution.",
             "__module__": __name__,
         },
     )
