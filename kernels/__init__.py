@@ -5,3 +5,17 @@ if __name__ != "cmd_plugin.kernels":
         f"this folder is the package 'cmd_plugin.kernels' but was imported as {__name__!r}: "
         "write 'from cmd_plugin.kernels import ...'."
     )
+
+from cmd_plugin.kernels.assign_and_fit import AffineFit, assign_and_fit
+from cmd_plugin.kernels.flat_view import FlatView
+from cmd_plugin.kernels.reconstruct import reconstruct, reconstruct_into
+from cmd_plugin.kernels.update_affine import update_affine
+
+__all__ = [
+    "AffineFit",
+    "FlatView",
+    "assign_and_fit",
+    "reconstruct",
+    "reconstruct_into",
+    "update_affine",
+]

@@ -1,0 +1,217 @@
+"""The result of Correlation Mode Decomposition: a whole training history as M profiles and nine bytes a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cmd_plugin.errors import InputError, PluginError
+from cmd_plugin.kernels import reconstruct
+from cmd_plugin.modes.layout import Layout
+
+__all__ = ["Decomposition"]
+
+SCHEMA = "cmd-plugin/modes/1"
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    r"""Weights modelled as :math:`w_i(t) \approx a_i\, r_{m(i)}(t) + b_i` (Brokman et al., ICLR 2024, Eq. 2).
+
+    Attributes:
+        layout: Names and shapes behind the flat vector of N weights.
+        samples: [K] int64 flat indices of the weights that were clustered.
+        references: [M] int64 flat index of each mode's reference weight; mode 0 is the largest cluster.
+        assignment: [N] uint8 mode m(i) of each weight.
+        scale: [N] slope :math:`a_i`.
+        mean: [N] mean of each weight over the snapshots. Kept instead of the offset, which cancels against ``scale * profile`` when
+            a reference is large against its movement.
+        profiles: [M, T] float64 trajectories of the modes.
+        profile_mean: [M] float64 mean of each profile over all snapshots that were fitted.
+        total: Sum of squared deviations from the mean, over all weights and snapshots.
+        explained: The part of ``total`` the model explains.
+        layer_total: [L] float64 ``total`` of each tensor of the layout; None for a decomposition made online, which does not know it.
+        layer_explained: [L] float64 likewise.
+        epochs: T labels of the snapshots.
+        unmodelled: Entries of the last snapshot that are not modelled (integer buffers, excluded tensors), for
+            :meth:`state_dict_at`.
+    """
+
+    layout: Layout
+    samples: Tensor
+    references: Tensor
+    assignment: Tensor
+    scale: Tensor
+    mean: Tensor
+    profiles: Tensor
+    profile_mean: Tensor
+    total: float
+    explained: float
+    layer_total: Tensor | None = None
+    layer_explained: Tensor | None = None
+    epochs: Sequence[int] = ()
+    unmodelled: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights N."""
+        return self.layout.numel
+
+    @property
+    def number_of_modes(self) -> int:
+        """Number of modes M that were found, at most the number asked for."""
+        return self.references.numel()
+
+    @property
+    def snapshots(self) -> int:
+        """Number of snapshots T."""
+        return self.profiles.shape[1]
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """[N] offset :math:`b_i` = mean - scale * mean of the profile."""
+        if not self.number_of_modes:
+            return self.mean
+        return reconstruct(self.assignment, self.scale, self.mean, -self.profile_mean)
+
+    def reconstruct(self, t: int) -> Tensor:
+        """Return the modelled weights of snapshot ``t`` (0-based, negative from the end), [N] in the state's dtype.
+
+        Reference weights of unshrunk modes are exact. A BatchNorm variance is never negative.
+
+        Raises:
+            InputError: If there is no such snapshot.
+        """
+        if not -self.snapshots <= t < self.snapshots:
+            raise InputError(f"snapshot {t} does not exist: there are {self.snapshots}.")
+        if not self.number_of_modes:
+            return self.mean.clone()
+        step = self.profiles[:, t] - self.profile_mean
+        weights = reconstruct(self.assignment, self.scale, self.mean, step)
+        for variance in self.layout.variances():
+            weights[variance].clamp_(min=0.0)
+        return weights
+
+    def snapshot_of(self, epoch: int) -> int:
+        """Return the index t of the snapshot labelled ``epoch``; InputError if there is none."""
+        if epoch not in self.epochs:
+            raise InputError(
+                f"epoch {epoch} was not recorded: the snapshots are of epochs "
+                f"{min(self.epochs)} to {max(self.epochs)} ({len(self.epochs)} of them)."
+            )
+        return list(self.epochs).index(epoch)
+
+    def state_dict_at(self, t: int) -> dict[str, Tensor]:
+        """Return the modelled state_dict of snapshot ``t``, in the tensors' own shapes and dtypes, aliases of tied weights included.
+
+        Entries that are not modelled are those of the last snapshot.
+        """
+        tensors = {
+            name: value.to(getattr(torch, dtype))
+            for (name, value), dtype in zip(
+                self.layout.split(self.reconstruct(t)).items(), self.layout.dtypes, strict=True
+            )
+        }
+        tensors.update({alias: tensors[name] for alias, name in self.layout.aliases.items()})
+        return {**tensors, **self.unmodelled}
+
+    def explained_variance(self) -> float:
+        """Return the share of all movement the model explains, at most 1 (nan when nothing moves)."""
+        return self.explained / self.total if self.total > 0 else float("nan")
+
+    def explained_variance_by_layer(self) -> dict[str, float]:
+        """Return the explained share of each tensor's movement, nan where a tensor does not move.
+
+        Raises:
+            PluginError: If the decomposition was made online, where only the sum over all tensors is followed.
+        """
+        if self.layer_total is None or self.layer_explained is None:
+            raise PluginError(
+                "explained variance by layer is known after decompose(), not for an online run."
+            )
+        shares = self.layer_explained / self.layer_total
+        return dict(zip(self.layout.names, shares.tolist(), strict=True))
+
+    def mode_share_by_layer(self) -> Tensor:
+        """Return the share of each layer's weights in each mode, [L, M] float64; rows sum to 1."""
+        rows = [
+            torch.bincount(part.reshape(-1).long(), minlength=max(1, self.number_of_modes)).double()
+            / part.numel()
+            for part in self.layout.split(self.assignment).values()
+        ]
+        return torch.stack(rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that :meth:`save` writes."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {
+            "samples": self.samples,
+            "references": self.references,
+            "assignment": self.assignment,
+            "scale": self.scale,
+            "mean": self.mean,
+            "profiles": self.profiles,
+            "profile_mean": self.profile_mean,
+            "epochs": torch.tensor(list(self.epochs), dtype=torch.int64),
+        }
+        if self.layer_total is not None and self.layer_explained is not None:
+            tensors["layer_total"] = self.layer_total
+            tensors["layer_explained"] = self.layer_explained
+        tensors.update({f"unmodelled/{name}": t for name, t in self.unmodelled.items()})
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the decomposition as safetensors, with its layout and schema version in the metadata."""
+        metadata = {
+            "schema": SCHEMA,
+            "layout": self.layout.to_json(),
+            "sums": json.dumps([self.total, self.explained]),
+        }
+        # A clone separates entries that share memory, which safetensors refuses.
+        save_file({k: v.clone() for k, v in self._tensors().items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Decomposition:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: If the file is missing, damaged or of another kind.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise InputError(f"{path} does not exist.") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is not a complete safetensors file ({error}).") from error
+        if metadata.get("schema") != SCHEMA:
+            raise InputError(
+                f"{path} is not a decomposition of this version (schema "
+                f"{metadata.get('schema')!r}, expected {SCHEMA!r})."
+            )
+        total, explained = json.loads(metadata["sums"])
+        prefix = "unmodelled/"
+        return cls(
+            layout=Layout.from_json(metadata["layout"]),
+            total=total,
+            explained=explained,
+            epochs=tensors.pop("epochs").tolist(),
+            unmodelled={
+                name.removeprefix(prefix): tensors.pop(name)
+                for name in list(tensors)
+                if name.startswith(prefix)
+            },
+            **tensors,
+        )

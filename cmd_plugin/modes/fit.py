@@ -1,0 +1,78 @@
+"""Fit all weights to chosen modes, and account for what the fit explains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmd_plugin.kernels import AffineFit, assign_and_fit
+from cmd_plugin.kernels.flat_view import BLOCK
+from cmd_plugin.kernels.mode_table import ModeTable
+from cmd_plugin.modes.choice import ModeChoice
+from cmd_plugin.modes.layout import Layout
+
+__all__ = ["explained_by_layer", "fit_modes", "sum_of_squares", "total_by_layer"]
+
+
+def sum_of_squares(profiles: Tensor) -> Tensor:
+    """Return S_m, the squared deviations of each profile [M, T] from its mean, [M] float64."""
+    return (profiles - profiles.mean(dim=1, keepdim=True)).square().sum(dim=1)
+
+
+def fit_modes(
+    trajectory: Tensor, base: Tensor | None, choice: ModeChoice, profiles: Tensor
+) -> AffineFit:
+    """Assign and fit all weights; see :func:`cmd_plugin.kernels.assign_and_fit`.
+
+    A reference that is its mode's profile gets exactly mode k, scale 1 and the profile's mean, whatever the store rounded.
+    """
+    fit = assign_and_fit(trajectory, profiles, base)
+    if torch.equal(choice.members, choice.references):
+        at = choice.references.to(fit.mode.device)
+        fit.mode[at] = torch.arange(choice.modes, dtype=torch.uint8, device=at.device)
+        fit.scale[at] = 1.0
+        fit.mean[at] = profiles.mean(dim=1).to(at.device, fit.mean.dtype)
+        fit.total[at] = sum_of_squares(profiles).to(at.device, fit.total.dtype)
+    return fit
+
+
+def explained_by_layer(
+    layout: Layout,
+    mode: Tensor,
+    slope: Tensor,
+    energy: Tensor,
+    total: Tensor | None = None,
+) -> Tensor:
+    """Return the sum of squares the model explains in each tensor of the layout, [L] float64.
+
+    A weight's least-squares fit explains E = slope^2 energy[mode]. With ``total`` V the fit is shrunk by rho^2 = E / V and explains
+    E (2 rho^2 - rho^4).
+
+    Args:
+        layout: Layout of the N weights.
+        mode: [N] uint8.
+        slope: [N] slopes, in any unit.
+        energy: [M] sums of squares of the profiles, in the unit that makes slope^2 energy a sum of squares of the weight.
+        total: [N] sum of squared deviations of each weight, when the slopes will be shrunk.
+    """
+    table = ModeTable(energy.to(slope.device, slope.dtype), BLOCK)
+    scratch = torch.empty(min(BLOCK, layout.numel), dtype=slope.dtype, device=slope.device)
+    sums = torch.zeros(len(layout.names), dtype=torch.float64)
+    for layer, (start, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
+        for low in range(start, start + size, BLOCK):
+            block = slice(low, min(start + size, low + BLOCK))
+            part = table.lookup(mode[block], scratch[: block.stop - low])
+            part.mul_(slope[block]).mul_(slope[block])
+            if total is not None:
+                share = (part / total[block]).nan_to_num_(0.0).clamp_(0.0, 1.0)
+                part.mul_(share.mul_(2.0 - share))
+            sums[layer] += part.sum(dtype=torch.float64).cpu()
+    return sums
+
+
+def total_by_layer(layout: Layout, total: Tensor) -> Tensor:
+    """Return the sum of ``total`` [N] over each tensor of the layout, [L] float64."""
+    return torch.tensor(
+        [float(part.sum(dtype=torch.float64)) for part in layout.split(total).values()],
+        dtype=torch.float64,
+    )

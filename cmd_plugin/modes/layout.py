@@ -1,0 +1,224 @@
+"""Which tensors of a model are modelled, and where each lies in the flat vector of N weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from cmd_plugin.errors import InputError, ShapeError, StateMismatch
+
+__all__ = ["BUFFER_POLICIES", "Layout", "clean_name", "named_weights"]
+
+BUFFER_POLICIES = ("model", "recalibrate", "keep")
+
+# What torch.compile and DistributedDataParallel put in front of a name; the weight is the same one.
+_WRAPPERS = ("_orig_mod.", "module.")
+_STATISTICS = ("running_mean", "running_var")
+
+
+def clean_name(name: str) -> str:
+    """Strip the prefixes of ``torch.compile`` and ``DistributedDataParallel`` from a parameter's name."""
+    parts = name.split(".")
+    while len(parts) > 1 and f"{parts[0]}." in _WRAPPERS:
+        parts = parts[1:]
+    return ".".join(part for part in parts if part != "_orig_mod")
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in _STATISTICS
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the modelled tensors, in the order in which they fill the flat vector.
+
+    Attributes:
+        names: Cleaned names, unique.
+        shapes: One shape per name; ``()`` for a scalar.
+        dtypes: Names of the torch dtypes, as ``"float32"``.
+        aliases: Other names of the same tensors (tied weights): alias -> name in ``names``.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of weights of each tensor."""
+        return tuple(prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Flat position of the first weight of each tensor."""
+        return tuple(accumulate(self.sizes, initial=0))[:-1]
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of weights N."""
+        return sum(self.sizes)
+
+    @cached_property
+    def state_dtype(self) -> torch.dtype:
+        """float64 when every tensor is float64, otherwise float32."""
+        return torch.float64 if set(self.dtypes) == {"float64"} else torch.float32
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of names and shapes: two models with the same one can share a state."""
+        text = json.dumps([self.names, self.shapes])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views of a flat vector [N] by name, in the tensors' shapes."""
+        if flat.shape != (self.numel,):
+            raise ShapeError(f"expected {self.numel} weights, got shape {tuple(flat.shape)}.")
+        return {
+            name: flat[start : start + size].view(shape)
+            for name, shape, start, size in zip(
+                self.names, self.shapes, self.offsets, self.sizes, strict=True
+            )
+        }
+
+    def variances(self) -> list[slice]:
+        """Flat positions of BatchNorm's running variances, which a modelled value must not make negative."""
+        return [
+            slice(start, start + size)
+            for name, start, size in zip(self.names, self.offsets, self.sizes, strict=True)
+            if name.endswith("running_var")
+        ]
+
+    def require_same(self, other: Layout, what: str) -> None:
+        """Raise StateMismatch with the first difference when ``other`` has other names or shapes."""
+        if self.fingerprint == other.fingerprint:
+            return
+        mine, theirs = (dict(zip(x.names, x.shapes, strict=True)) for x in (self, other))
+        for name, shape in mine.items():
+            if name not in theirs:
+                raise StateMismatch(f"{what} lacks the tensor {name!r} of shape {shape}.")
+            if theirs[name] != shape:
+                raise StateMismatch(
+                    f"{what} has {name!r} with shape {theirs[name]}, expected {shape}."
+                )
+        extra = [name for name in theirs if name not in mine]
+        if extra:
+            raise StateMismatch(f"{what} has a tensor {extra[0]!r} that is not expected.")
+        raise StateMismatch(f"{what} lists the same tensors in another order.")
+
+    def to_json(self) -> str:
+        """Return the layout as JSON text; :meth:`from_json` reads it."""
+        return json.dumps(
+            {
+                "names": self.names,
+                "shapes": self.shapes,
+                "dtypes": self.dtypes,
+                "aliases": dict(self.aliases),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """Read what :meth:`to_json` wrote."""
+        data = json.loads(text)
+        return cls(
+            tuple(data["names"]),
+            tuple(tuple(shape) for shape in data["shapes"]),
+            tuple(data["dtypes"]),
+            data["aliases"],
+        )
+
+    @classmethod
+    def of_vector(cls, numel: int, dtype: torch.dtype = torch.float32) -> Layout:
+        """Return the layout of one nameless vector of N weights."""
+        return cls(("weights",), ((numel,),), (str(dtype).removeprefix("torch."),))
+
+    @classmethod
+    def of_tensors(
+        cls, tensors: Mapping[str, Tensor], aliases: Mapping[str, str] | None = None
+    ) -> Layout:
+        """Return the layout of named tensors, in the mapping's order."""
+        return cls(
+            tuple(tensors),
+            tuple(tuple(t.shape) for t in tensors.values()),
+            tuple(str(t.dtype).removeprefix("torch.") for t in tensors.values()),
+            dict(aliases or {}),
+        )
+
+    @classmethod
+    def of_model(
+        cls,
+        model: nn.Module,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        buffers: str = "model",
+    ) -> Layout:
+        """Return the layout of the weights of a model that :func:`named_weights` selects."""
+        return cls.of_tensors(*named_weights(model, include, exclude, buffers))
+
+
+def named_weights(
+    source: nn.Module | Mapping[str, Tensor],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    buffers: str = "model",
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Select the tensors to model, by cleaned name, and the aliases of tied ones.
+
+    From a model: floating parameters with ``requires_grad``, each once, then BatchNorm's running statistics when ``buffers`` is
+    ``"model"`` (the authors' code models them; leaving the raw run's costs accuracy). From a state_dict, which does not say what
+    is a parameter: every floating entry, running statistics by the same policy, tied entries once.
+
+    Args:
+        source: Model or state_dict.
+        include: Shell-style patterns on names; empty means all.
+        exclude: Shell-style patterns on names, applied after ``include``.
+        buffers: ``"model"``, ``"recalibrate"`` or ``"keep"``; only the first models the running statistics.
+
+    Raises:
+        InputError: If the policy is unknown or nothing is selected.
+    """
+    if buffers not in BUFFER_POLICIES:
+        raise InputError(f"buffers must be one of {', '.join(BUFFER_POLICIES)}, got {buffers!r}.")
+    if isinstance(source, nn.Module):
+        tied = list(source.named_parameters(remove_duplicate=False))
+        candidates: Iterable[tuple[str, Tensor]] = [
+            *((name, p) for name, p in tied if p.requires_grad),
+            *((name, b) for name, b in source.named_buffers() if _is_statistic(name)),
+        ]
+    else:
+        candidates = source.items()
+    chosen: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    for raw_name, tensor in candidates:
+        name = clean_name(raw_name)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if _is_statistic(name) and buffers != "model":
+            continue
+        if include and not any(fnmatchcase(name, pattern) for pattern in include):
+            continue
+        if any(fnmatchcase(name, pattern) for pattern in exclude):
+            continue
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
+        if key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        chosen[name] = tensor
+    if not chosen:
+        raise InputError(
+            f"no floating weights are left to model (include={list(include)}, "
+            f"exclude={list(exclude)}): widen the patterns or unfreeze parameters."
+        )
+    return chosen, aliases

@@ -1,0 +1,248 @@
+"""Post-hoc CMD: decompose a whole recorded trajectory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
+from cmd_plugin.kernels import FlatView
+from cmd_plugin.modes.checkpoints import find_checkpoints, read_checkpoint
+from cmd_plugin.modes.choice import check_modes, choose_modes, moving_rows
+from cmd_plugin.modes.decomposition import Decomposition
+from cmd_plugin.modes.fit import explained_by_layer, fit_modes, sum_of_squares, total_by_layer
+from cmd_plugin.modes.layout import Layout, named_weights
+from cmd_plugin.modes.sampling import sample_weights
+from cmd_plugin.modes.store import TrajectoryStore
+
+__all__ = ["decompose"]
+
+StateDict = Mapping[str, Tensor]
+
+
+def decompose(
+    trajectory: Tensor | str | Path | Sequence[StateDict] | Sequence[str | Path],
+    modes: int = 10,
+    samples: int = 1000,
+    seed: int = 0,
+    *,
+    storage: str = "delta-bf16",
+    buffers: str = "model",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    profile: str = "reference",
+    shrink: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decomposition:
+    """Decompose the history of a network's weights into correlated modes (post-hoc CMD, Brokman et al., ICLR 2024, section 3.1).
+
+    Args:
+        trajectory: A [T, N] floating tensor of flattened weights over T snapshots; or T state_dicts; or T checkpoint files, or a folder
+            of them (Lightning ``.ckpt``, ``.pt``, ``.pth``, ``.bin``, ``.safetensors``; read one at a time, in natural order of names).
+        modes: Largest number of modes M, 1..256.
+        samples: Number K of weights whose trajectories are clustered.
+        seed: Seed of the draw of the samples.
+        storage: How snapshots are held while they are read: ``"delta-bf16"`` or ``"fp32"``. A tensor is used as it is.
+        buffers: ``"model"`` decomposes BatchNorm's running statistics too (as the authors' code does), ``"keep"`` leaves them out.
+        include: Shell-style patterns on tensor names; empty means all.
+        exclude: Shell-style patterns on tensor names to leave out.
+        profile: ``"reference"`` (the paper) or ``"mean"``; see :func:`cmd_plugin.modes.choice.choose_modes`.
+        shrink: Multiply each weight's scale by its squared correlation with its profile (beyond the paper; the paper does not).
+        progress: Called with (snapshots read, T) after each.
+
+    Returns:
+        The decomposition. When no weight moves it has no mode and every weight is its mean.
+
+    Raises:
+        InputError: If there are fewer than 3 snapshots, fewer moving samples than modes, or a file cannot be read.
+        NonFiniteError: If a snapshot holds NaN or infinite values; names the snapshot.
+        StateMismatch: If a snapshot has other tensors than the first; names it.
+    """
+    check_modes(modes)
+    epochs: list[int] | None = None
+    unmodelled: dict[str, Tensor] = {}
+    base: Tensor | None = None
+    if isinstance(trajectory, Tensor):
+        layout = _check_tensor(trajectory)
+        chosen = sample_weights(layout.sizes, samples, seed)
+        rows = trajectory.detach()[:, chosen.to(trajectory.device)].T.double().cpu()
+        data = trajectory.detach()
+    else:
+        sources = _sources(trajectory)
+        store, layout, epochs, unmodelled = _read_all(
+            sources, samples, seed, storage, (include, exclude, buffers), progress
+        )
+        chosen, rows, data, base = store.samples, store.rows, store.trajectory, store.base
+
+    dtype = data.dtype if base is None else base.dtype
+    # Without the clustering's own matrix, which would sit on top of the fit's peak.
+    choice = replace(choose_modes(rows, chosen, modes, profile, dtype), correlation=None)
+    if 0 < choice.references.numel() < modes:
+        _require_moving(choice.references.numel(), rows, modes, dtype)
+    if not choice.modes:
+        return _still(layout, chosen, data, base, epochs, unmodelled)
+
+    profiles = choice.profile(rows_of(choice.members, chosen, rows))
+    fit = fit_modes(data, base, choice, profiles)
+    squares = sum_of_squares(profiles)
+    explained = explained_by_layer(
+        layout, fit.mode, fit.scale, squares, fit.total if shrink else None
+    )
+    total = total_by_layer(layout, fit.total)
+    scale = fit.scale
+    if shrink:
+        share = scale.square() * squares.to(scale.dtype).to(scale.device)[fit.mode.long()]
+        scale = scale * share.div_(fit.total).nan_to_num_(0.0).clamp_(0.0, 1.0)
+    return Decomposition(
+        layout=layout,
+        samples=chosen,
+        references=choice.references,
+        assignment=fit.mode,
+        scale=scale,
+        mean=fit.mean,
+        profiles=profiles,
+        profile_mean=profiles.mean(dim=1),
+        total=float(total.sum()),
+        explained=float(explained.sum()),
+        layer_total=total,
+        layer_explained=explained,
+        epochs=epochs if epochs is not None else range(profiles.shape[1]),
+        unmodelled=unmodelled,
+    )
+
+
+def rows_of(members: Tensor, samples: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows [P, T] of ``members`` [P], a subset of ``samples`` [K], from ``rows`` [K, T]."""
+    order = samples.argsort()
+    return rows[order[torch.searchsorted(samples[order], members)]]
+
+
+def _check_tensor(trajectory: Tensor) -> Layout:
+    if trajectory.ndim != 2 or not trajectory.is_floating_point() or not trajectory.shape[1]:
+        raise ShapeError(
+            "trajectory must be a floating [T, N] tensor (snapshots by weights), got "
+            f"shape {tuple(trajectory.shape)} of {trajectory.dtype}."
+        )
+    _require_three(trajectory.shape[0])
+    for t, snapshot in enumerate(trajectory.detach()):
+        _require_finite(FlatView([snapshot]), f"snapshot {t} of the trajectory")
+    return Layout.of_vector(trajectory.shape[1], trajectory.dtype)
+
+
+def _require_three(count: int) -> None:
+    if count < 3:
+        raise InputError(
+            f"at least 3 snapshots are needed to tell correlated weights apart, got {count}: "
+            "record more epochs."
+        )
+
+
+def _require_finite(view: FlatView, what: str) -> None:
+    bad = view.count_non_finite()
+    if bad:
+        raise NonFiniteError(
+            f"{what} holds {bad} NaN or infinite values among {view.numel}: leave it out, or "
+            "decompose the epochs before the training diverged."
+        )
+
+
+def _require_moving(found: int, rows: Tensor, modes: int, dtype: torch.dtype) -> None:
+    moving = int(moving_rows(rows, dtype).sum())
+    if moving < modes:
+        raise InputError(
+            f"only {moving} of the {rows.shape[0]} sampled weights move over the {rows.shape[1]} "
+            f"snapshots, fewer than modes={modes}: ask for at most {found} modes or sample more."
+        )
+
+
+def _sources(
+    trajectory: str | Path | Sequence[StateDict] | Sequence[str | Path],
+) -> Sequence[StateDict] | Sequence[Path]:
+    if isinstance(trajectory, str | Path):
+        return find_checkpoints([trajectory])
+    if all(isinstance(item, str | Path) for item in trajectory):
+        return [Path(item) for item in trajectory]  # type: ignore[arg-type]
+    if all(isinstance(item, Mapping) for item in trajectory):
+        return trajectory  # type: ignore[return-value]
+    raise InputError("trajectory must be a [T, N] tensor, state_dicts, or paths; not a mixture.")
+
+
+def _read_all(
+    sources: Sequence[StateDict] | Sequence[Path],
+    samples: int,
+    seed: int,
+    storage: str,
+    selection: tuple[Sequence[str], Sequence[str], str],
+    progress: Callable[[int, int], None] | None,
+) -> tuple[TrajectoryStore, Layout, list[int], dict[str, Tensor]]:
+    """Stream the snapshots into a store: one source is in memory at a time."""
+    _require_three(len(sources))
+    epochs: list[int] = []
+    store: TrajectoryStore | None = None
+    layout: Layout | None = None
+    unmodelled: dict[str, Tensor] = {}
+    for t, source in enumerate(sources):
+        if isinstance(source, Path):
+            state, epoch = read_checkpoint(source)
+            what = str(source)
+        else:
+            state, epoch, what = dict(source), None, f"state_dict {t}"
+        tensors, aliases = named_weights(state, *selection)
+        found = Layout.of_tensors(tensors, aliases)
+        view = FlatView(list(tensors.values()))
+        if layout is None or store is None:
+            layout = found
+            chosen = sample_weights(layout.sizes, samples, seed)
+            store = TrajectoryStore(layout.numel, len(sources), storage, chosen, view.dtype)
+        layout.require_same(found, what)
+        _require_finite(view, what)
+        store.append(view, view.gather(store.samples))
+        epochs.append(t if epoch is None else epoch)
+        if t == len(sources) - 1:
+            known = {*tensors, *aliases}
+            unmodelled = {
+                name: value.detach().clone()
+                for name, value in state.items()
+                if isinstance(value, Tensor) and name not in known
+            }
+        if progress is not None:
+            progress(t + 1, len(sources))
+    if store is None or layout is None:
+        raise InputError("there is nothing to decompose.")
+    # Files of one epoch saved twice, or of unnumbered runs, cannot be told apart by epoch: number them instead.
+    labels = epochs if len(set(epochs)) == len(epochs) else list(range(len(epochs)))
+    return store, layout, labels, unmodelled
+
+
+def _still(
+    layout: Layout,
+    samples: Tensor,
+    data: Tensor,
+    base: Tensor | None,
+    epochs: list[int] | None,
+    unmodelled: dict[str, Tensor],
+) -> Decomposition:
+    """Return the decomposition of weights that do not move: no modes, every weight its mean."""
+    count = data.shape[0] + (base is not None)
+    mean = data.to(layout.state_dtype).sum(dim=0) / count
+    if base is not None:
+        mean += base
+    empty = torch.empty(0, dtype=torch.float64)
+    return Decomposition(
+        layout=layout,
+        samples=samples,
+        references=torch.empty(0, dtype=torch.int64),
+        assignment=torch.zeros(layout.numel, dtype=torch.uint8),
+        scale=torch.zeros_like(mean),
+        mean=mean,
+        profiles=empty.view(0, 1).expand(0, count),
+        profile_mean=empty,
+        total=0.0,
+        explained=0.0,
+        epochs=epochs if epochs is not None else range(count),
+        unmodelled=unmodelled,
+    )

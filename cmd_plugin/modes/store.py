@@ -1,0 +1,122 @@
+"""The warm-up store: the trajectories of all weights until the modes are chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmd_plugin.errors import InputError
+from cmd_plugin.kernels import FlatView
+
+__all__ = ["STORAGES", "TrajectoryStore"]
+
+STORAGES = ("delta-bf16", "fp32")
+
+
+class TrajectoryStore:
+    """Snapshots of N weights, appended one by one into memory that is reserved once.
+
+    ``"delta-bf16"`` keeps the first snapshot as it is and every later one as a bfloat16 difference to it: correlation does not see the
+    shift, and differences need far fewer bits than weights (2 T + 2 bytes a weight instead of 4 T). ``"fp32"`` keeps the snapshots
+    themselves (float64 ones as float64). The rows of the sampled weights, which decide the modes, are always kept exactly.
+
+    Args:
+        numel: Number of weights N.
+        capacity: Number of snapshots T to reserve room for.
+        storage: ``"delta-bf16"`` or ``"fp32"``.
+        samples: [K] int64 flat indices of the sampled weights.
+        dtype: float32 or float64, the dtype the weights are read in.
+        device: Where the store lies.
+
+    Raises:
+        InputError: If ``storage`` is unknown.
+    """
+
+    def __init__(
+        self,
+        numel: int,
+        capacity: int,
+        storage: str,
+        samples: Tensor,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if storage not in STORAGES:
+            raise InputError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}.")
+        self.storage = storage
+        self.samples = samples
+        self.count = 0
+        self._rows = torch.empty(capacity, samples.numel(), dtype=torch.float64)
+        self._base: Tensor | None = None
+        if storage == "delta-bf16":
+            self._base = torch.empty(numel, dtype=dtype, device=device)
+            self._snapshots = torch.empty(capacity - 1, numel, dtype=torch.bfloat16, device=device)
+        else:
+            self._snapshots = torch.empty(capacity, numel, dtype=dtype, device=device)
+
+    @property
+    def rows(self) -> Tensor:
+        """Exact trajectories of the sampled weights so far, [K, T] float64."""
+        return self._rows[: self.count].T
+
+    @property
+    def base(self) -> Tensor | None:
+        """[N] first snapshot when :attr:`trajectory` holds differences to it."""
+        return self._base
+
+    @property
+    def trajectory(self) -> Tensor:
+        """[T, N] snapshots, or [T-1, N] differences to :attr:`base`."""
+        return self._snapshots[: self.count - (self._base is not None)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        arrays = [self._rows, self._snapshots, *([] if self._base is None else [self._base])]
+        return sum(array.numel() * array.element_size() for array in arrays)
+
+    def append(self, weights: FlatView, rows: Tensor) -> None:
+        """Store one snapshot.
+
+        Args:
+            weights: The N weights.
+            rows: [K] float64 values of the sampled weights.
+        """
+        target: Tensor
+        if self._base is None:
+            target = self._snapshots[self.count]
+        elif self.count == 0:
+            target = self._base
+        else:
+            target = self._snapshots[self.count - 1]
+        deltas = self._base is not None and self.count > 0
+        scratch = weights.scratch()
+        difference = weights.scratch() if deltas else scratch
+        for number, start, stop in weights.blocks():
+            values = weights.read(number, scratch)
+            if deltas and self._base is not None:
+                base = self._base[start:stop].to(values.device, non_blocking=True)
+                values = torch.sub(values, base, out=difference[: stop - start])
+            target[start:stop].copy_(values)
+        self._rows[self.count] = rows
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of what has been stored, on the CPU."""
+        return {
+            "count": self.count,
+            "rows": self._rows[: self.count].clone(),
+            "snapshots": self.trajectory.cpu().clone() if self.count else None,
+            "base": None if self._base is None or not self.count else self._base.cpu().clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned, bit for bit."""
+        self.count = int(state["count"])
+        self._rows[: self.count].copy_(state["rows"])
+        if self.count:
+            self.trajectory.copy_(state["snapshots"])
+            if self._base is not None:
+                self._base.copy_(state["base"])

@@ -1,0 +1,203 @@
+"""The fitted state of online CMD: nine bytes a weight and a handful of numbers per mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, update_affine
+from cmd_plugin.modes.choice import ModeChoice
+from cmd_plugin.modes.fit import explained_by_layer, sum_of_squares
+from cmd_plugin.modes.layout import Layout
+
+__all__ = ["Tracker"]
+
+_HISTORY = 1024  # snapshots of the profiles that are kept; beyond it every second one is dropped
+
+
+class Tracker:
+    r"""Recursive least squares of all weights against their modes' profiles, with fixed modes.
+
+    Per weight it holds the mode (1 byte), the mean and the slope :math:`\sigma = a S / Z` (see
+    :func:`cmd_plugin.kernels.update_affine`); per mode the profile's mean, sum of squares S and the constant Z, in float64.
+
+    Args:
+        choice: The modes.
+        fit: Result of the fit on the warm-up snapshots; its arrays become the state.
+        profiles: [M, T] float64 trajectories of the modes over the warm-up.
+        labels: T labels of the warm-up snapshots.
+        shrink: Keep each weight's total sum of squares, to shrink its movement by the squared correlation.
+        forgetting: Factor by which an update discounts the past.
+    """
+
+    def __init__(
+        self,
+        choice: ModeChoice,
+        fit: AffineFit,
+        profiles: Tensor,
+        labels: Sequence[int],
+        *,
+        shrink: bool,
+        forgetting: float,
+    ) -> None:
+        self.choice = choice
+        self.mode, self.slope, self.mean = fit.mode, fit.scale, fit.mean
+        self.total = fit.total if shrink else None
+        self.total_sum = float(fit.total.sum(dtype=torch.float64))
+        self.count = float(profiles.shape[1])
+        self.profile = profiles[:, -1].clone()
+        self.profile_mean = profiles.mean(dim=1)
+        self.squares = sum_of_squares(profiles)
+        self.unit = self.squares.clone()
+        self.forgetting = forgetting
+        self._profiles = [column.clone() for column in profiles.T]
+        self._labels = list(labels)
+        self._stride = 1
+        self._seen = len(self._labels)
+        self._last_label = self._labels[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state of the N weights."""
+        arrays = [self.mode, self.slope, self.mean, *([] if self.total is None else [self.total])]
+        return sum(array.numel() * array.element_size() for array in arrays)
+
+    @property
+    def follows_references(self) -> bool:
+        """Whether each profile is one real weight, which is then modelled exactly."""
+        return torch.equal(self.choice.members, self.choice.references)
+
+    def to(self, device: torch.device) -> None:
+        """Move the state of the weights to a device."""
+        self.mode, self.slope, self.mean = (
+            array.to(device) for array in (self.mode, self.slope, self.mean)
+        )
+        self.total = None if self.total is None else self.total.to(device)
+
+    def update(self, weights: FlatView, members: Tensor, label: int) -> None:
+        """Take a new snapshot in.
+
+        Args:
+            weights: The N weights.
+            members: [P] float64 values of the weights that make the profiles.
+            label: Its number in the history.
+        """
+        profile = self.choice.profile(members)
+        step = profile - self.profile_mean
+        keep = self.forgetting
+        count = keep * self.count + 1.0
+        blend = 1.0 / count
+        gain = step * (1.0 - blend) / self.unit
+        squares = update_affine(
+            weights, self.mode, self.slope, self.mean, gain, blend, keep, self.total
+        )
+        self.total_sum = keep * self.total_sum + (1.0 - blend) * squares
+        self.profile_mean = self.profile_mean + step * blend
+        self.squares = keep * self.squares + step.square() * (1.0 - blend)
+        self.count, self.profile = count, profile
+        if self.follows_references:
+            self._pin()
+        self._remember(profile, label)
+
+    def _pin(self) -> None:
+        """Keep the references' own coefficients exact: scale 1, mean that of the profile."""
+        device, dtype = self.slope.device, self.slope.dtype
+        at = self.choice.references.to(device)
+        self.slope[at] = (self.squares / self.unit).to(device, dtype)
+        self.mean[at] = self.profile_mean.to(device, dtype)
+        if self.total is not None:
+            self.total[at] = self.squares.to(device, dtype)
+
+    def _remember(self, profile: Tensor, label: int) -> None:
+        if self._seen % self._stride == 0:
+            self._profiles.append(profile)
+            self._labels.append(label)
+        self._seen += 1
+        self._last_label = label
+        if len(self._labels) > _HISTORY:
+            self._profiles, self._labels = self._profiles[::2], self._labels[::2]
+            self._stride *= 2
+
+    def history(self) -> tuple[list[int], Tensor]:
+        """Return the labels and profiles [M, T] float64 of the snapshots that are remembered, the last one always."""
+        labels, profiles = list(self._labels), list(self._profiles)
+        if (self._seen - 1) % self._stride:  # the last snapshot fell between two remembered ones
+            labels.append(self._last_label)
+            profiles.append(self.profile)
+        return labels, torch.stack(profiles, dim=1)
+
+    def evaluation(self) -> dict[str, Tensor | None]:
+        """Return the per-mode arguments of :func:`cmd_plugin.kernels.reconstruct` for the last snapshot."""
+        return {
+            "step": (self.profile - self.profile_mean) * self.unit / self.squares,
+            "total": self.total,
+            "energy": None if self.total is None else self.unit.square() / self.squares,
+        }
+
+    def scale(self, *, shrunk: bool = False) -> Tensor:
+        """Return the slopes a [N] of the weights; with ``shrunk`` as they are used when the state shrinks."""
+        arguments = self.evaluation()
+        if not shrunk:
+            arguments["total"] = arguments["energy"] = None
+        arguments["step"] = self.unit / self.squares
+        return reconstruct(self.mode, self.slope, torch.zeros_like(self.mean), **arguments)  # type: ignore[arg-type]
+
+    def offset(self) -> Tensor:
+        """Return the offsets b [N] of the weights: mean - a * mean of the profile."""
+        step = -self.profile_mean * self.unit / self.squares
+        return reconstruct(self.mode, self.slope, self.mean, step)
+
+    def explained(self, layout: Layout) -> float:
+        """Return the part of :attr:`total_sum` that the model explains."""
+        energy = self.unit.square() / self.squares
+        return float(
+            explained_by_layer(layout, self.mode, self.slope, energy, self.total).sum()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of the whole state, on the CPU."""
+        return {
+            "references": self.choice.references.clone(),
+            "members": self.choice.members.clone(),
+            "member_mode": self.choice.member_mode.clone(),
+            "member_weight": self.choice.member_weight.clone(),
+            "mode": self.mode.cpu().clone(),
+            "slope": self.slope.cpu().clone(),
+            "mean": self.mean.cpu().clone(),
+            "total": None if self.total is None else self.total.cpu().clone(),
+            "total_sum": self.total_sum,
+            "count": self.count,
+            "profile": self.profile.clone(),
+            "profile_mean": self.profile_mean.clone(),
+            "squares": self.squares.clone(),
+            "unit": self.unit.clone(),
+            "forgetting": self.forgetting,
+            "profiles": torch.stack(self._profiles),
+            "labels": list(self._labels),
+            "stride": self._stride,
+            "seen": self._seen,
+            "last_label": self._last_label,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Tracker:
+        """Return the tracker that :meth:`state_dict` described, bit for bit."""
+        tracker = cls.__new__(cls)
+        tracker.choice = ModeChoice(
+            *(state[k].clone() for k in ("references", "members", "member_mode", "member_weight"))
+        )
+        for name in ("mode", "slope", "mean", "profile", "profile_mean", "squares", "unit"):
+            setattr(tracker, name, state[name].clone())
+        tracker.total = None if state["total"] is None else state["total"].clone()
+        tracker.total_sum = float(state["total_sum"])
+        tracker.count = float(state["count"])
+        tracker.forgetting = float(state["forgetting"])
+        tracker._profiles = list(state["profiles"].clone())
+        tracker._labels = list(state["labels"])
+        tracker._stride = int(state["stride"])
+        tracker._seen = int(state["seen"])
+        tracker._last_label = int(state["last_label"])
+        return tracker

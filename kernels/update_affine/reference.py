@@ -1,0 +1,29 @@
+"""The specification of :func:`cmd_plugin.kernels.update_affine`: plain PyTorch on flat vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["update_affine"]
+
+
+def update_affine(
+    weights: Tensor,
+    mode: Tensor,
+    slope: Tensor,
+    mean: Tensor,
+    gain: Tensor,
+    blend: float,
+    decay: float = 1.0,
+    total: Tensor | None = None,
+) -> float:
+    """See :func:`cmd_plugin.kernels.update_affine`; ``weights`` [N] is a plain vector here."""
+    innovation = weights.to(mean.dtype) - mean
+    mean += blend * innovation
+    slope *= decay
+    slope += gain.to(mean.dtype)[mode.long()] * innovation
+    if total is not None:
+        total *= decay
+        total += (1 - blend) * innovation.square()
+    return float(innovation.double().square().sum())
