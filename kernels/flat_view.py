@@ -1,7 +1,9 @@
 """Many tensors seen as one flat vector, in place and block by block.
 
-The state of a method lives in flat arrays; the weights stay where they are. A :class:`FlatView` is the bridge: it walks the tensors
-in order, in blocks small enough to stay in cache, and hands out views wherever a block lies inside one tensor.
+The state of a method lives in flat arrays; the weights stay where they are. A :class:`FlatView` is
+the bridge: it walks the tensors
+in order, in blocks small enough to stay in cache, and hands out views wherever a block lies inside
+one tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from cmd_plugin.errors import ShapeError
 
 __all__ = ["BLOCK", "FlatView"]
 
-# 256 Ki float32 values: large enough that the cost of launching an operation (some microseconds) vanishes,
+# 256 Ki float32 values: large enough that the cost of launching an operation (some microseconds)
+# vanishes,
 # small enough that the two or three scratch vectors of a kernel stay in the last-level cache.
 BLOCK = 1 << 18
 
@@ -26,13 +29,15 @@ class FlatView:
     """A list of tensors addressed as one vector of ``numel`` values, in the given order, row-major inside each tensor.
 
     Args:
-        tensors: Floating tensors of any shape (0-dim ones too), all on one device. They are not copied; writing goes into them.
+        tensors: Floating tensors of any shape (0-dim ones too), all on one device. They are not
+            copied; writing goes into them.
         block: Number of values in a block (the last one may be shorter); even.
 
     Attributes:
         numel: Total number of values N.
         device: Device of all tensors.
-        dtype: float64 when every tensor is float64, otherwise float32: the dtype blocks are read in.
+        dtype: float64 when every tensor is float64, otherwise float32: the dtype blocks are read
+            in.
 
     Raises:
         ShapeError: If there is no tensor, one is not floating, or the devices differ.
@@ -57,7 +62,8 @@ class FlatView:
             else torch.float32
         )
         self.block = block
-        # Contiguous tensors are addressed through one cached flat view each; the others (channels-last weights) are
+        # Contiguous tensors are addressed through one cached flat view each; the others
+        # (channels-last weights) are
         # flattened when they are touched, which costs a copy of that tensor.
         self._flat = [t.view(-1) if t.is_contiguous() else None for t in self._tensors]
         self._pieces: list[list[_Piece]] = [[] for _ in range(-(-self.numel // block))]
@@ -149,8 +155,10 @@ class FlatView:
             tensor = self._tensors[index]
             inside = (indices[chosen] - self._starts[index]).to(self.device)
             where = torch.unravel_index(inside, tensor.shape) if tensor.ndim else ()
-            tensor[where] = values[chosen].to(self.device, tensor.dtype).reshape(
-                inside.shape if tensor.ndim else ()
+            tensor[where] = (
+                values[chosen]
+                .to(self.device, tensor.dtype)
+                .reshape(inside.shape if tensor.ndim else ())
             )
 
     def count_non_finite(self) -> int:
@@ -159,7 +167,8 @@ class FlatView:
         count = 0
         for number, _, _ in self.blocks():
             values = self.read(number, scratch)
-            # The sum is finite unless a value is not (or it overflows): the exact count is only taken then.
+            # The sum is finite unless a value is not (or it overflows): the exact count is only
+            # taken then.
             if not torch.isfinite(values.sum()):
                 count += int((~torch.isfinite(values)).sum())
         return count

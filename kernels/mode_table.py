@@ -13,8 +13,10 @@ _PAIR = {torch.float32: torch.float64, torch.float64: torch.complex128}
 class ModeTable:
     """A table of M values, indexed by bytes.
 
-    On a CPU two neighbouring mode bytes are read as one 16-bit index into a table of value pairs: it halves the number of
-    look-ups, which cost more than the arithmetic around them. The table of pairs has 256 M entries, of which M^2 are read.
+    On a CPU two neighbouring mode bytes are read as one 16-bit index into a table of value pairs:
+    it halves the number of
+    look-ups, which cost more than the arithmetic around them. The table of pairs has 256 M entries,
+    of which M^2 are read.
 
     Args:
         table: One value per mode, [M], M at most 256; float32 or float64.

@@ -20,7 +20,8 @@ __all__ = ["SUFFIXES", "find_checkpoints", "read_checkpoint"]
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
-# Where common trainers put the weights; raw ones first, because averaging callbacks of Lightning move them aside.
+# Where common trainers put the weights; raw ones first, because averaging callbacks of Lightning
+# move them aside.
 _KEYS = ("current_model_state", "state_dict", "model_state_dict", "model")
 
 
@@ -33,7 +34,8 @@ def _natural(path: Path) -> list[tuple[int, int | str]]:
 def find_checkpoints(inputs: Sequence[str | Path]) -> list[Path]:
     """Return the checkpoint files among files and folders, in natural order of names ("epoch=9" before "epoch=10").
 
-    A run's folder may hold them in ``checkpoints/``. ``last*`` files are copies of another epoch and left out where others exist.
+    A run's folder may hold them in ``checkpoints/``. ``last*`` files are copies of another epoch
+    and left out where others exist.
 
     Raises:
         InputError: If a path does not exist or a folder has no checkpoint.
@@ -65,7 +67,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int | None]:
     Nothing is unpickled but tensors and plain containers (``weights_only=True``).
 
     Returns:
-        The state_dict with cleaned names, and the epoch if the file or its name tells it ("epoch=12").
+        The state_dict with cleaned names, and the epoch if the file or its name tells it
+        ("epoch=12").
 
     Raises:
         InputError: If the file cannot be read as a checkpoint; names it.

@@ -62,7 +62,8 @@ class ModeChoice:
 def moving_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return which trajectories [K, T] float64 move, [K] bool.
 
-    A row is constant when its squared deviations sum to at most ``T (4 u |mean|)^2``, u the unit roundoff of ``dtype``: rounding of
+    A row is constant when its squared deviations sum to at most ``T (4 u |mean|)^2``, u the unit
+    roundoff of ``dtype``: rounding of
     a constant in ``dtype`` can do that. (For such a row the mean is its largest magnitude.)
     """
     mean = rows.mean(dim=1)
@@ -75,15 +76,18 @@ def choose_modes(
 ) -> ModeChoice:
     """Find at most ``modes`` modes among the sampled trajectories.
 
-    Constant rows are dropped before clustering: they would form a mode of their own, or correlate by rounding. With fewer moving rows
+    Constant rows are dropped before clustering: they would form a mode of their own, or correlate
+    by rounding. With fewer moving rows
     than ``modes`` there are that many modes; with none, none.
 
     Args:
         rows: [K, T] float64 trajectories of the sampled weights.
         samples: [K] int64 their flat indices.
         modes: Largest number of modes.
-        profile: ``"reference"`` follows the reference weight (the paper). ``"mean"`` follows the mean of the mode's sampled
-            weights, each centred, scaled to the reference's standard deviation and turned to its sign (beyond the paper; signs and
+        profile: ``"reference"`` follows the reference weight (the paper). ``"mean"`` follows the
+            mean of the mode's sampled
+            weights, each centred, scaled to the reference's standard deviation and turned to its
+            sign (beyond the paper; signs and
             scales are frozen at the fit).
         dtype: Dtype the weights came in, for the test of constancy.
 

@@ -36,8 +36,10 @@ def correlation_matrix(rows: Tensor) -> Tensor:
 def row_distances(correlation: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return the Euclidean distances between rows of C, in scipy's condensed order, [K (K-1) / 2] float64.
 
-    The distance is of second order: two weights are close when they correlate alike with all others. Computed from the Gram matrix,
-    D^2 = G_pp + G_qq - 2 G_pq, a block of rows at a time and only above the diagonal: K^3 multiply-adds in matrix products instead of
+    The distance is of second order: two weights are close when they correlate alike with all
+    others. Computed from the Gram matrix,
+    D^2 = G_pp + G_qq - 2 G_pq, a block of rows at a time and only above the diagonal: K^3
+    multiply-adds in matrix products instead of
     K^2/2 passes over K coordinates, and no second matrix of size K^2.
     """
     count = correlation.shape[0]
@@ -59,7 +61,8 @@ def row_distances(correlation: Tensor) -> np.ndarray[tuple[int], np.dtype[np.flo
 def cluster_correlations(correlation: Tensor, modes: int) -> Tensor:
     """Cluster the rows of C into at most ``modes`` groups, [K] int64; group 0 is the largest.
 
-    Complete linkage on :func:`row_distances`, cut by scipy's ``maxclust``: ties can give fewer groups. Groups of equal size are
+    Complete linkage on :func:`row_distances`, cut by scipy's ``maxclust``: ties can give fewer
+    groups. Groups of equal size are
     ordered by their first member.
     """
     count = correlation.shape[0]

@@ -24,24 +24,29 @@ SCHEMA = "cmd-plugin/modes/1"
 
 @dataclass(frozen=True)
 class Decomposition:
-    r"""Weights modelled as :math:`w_i(t) \approx a_i\, r_{m(i)}(t) + b_i` (Brokman et al., ICLR 2024, Eq. 2).
+    r"""Weights modelled as :math:`w_i(t) \approx a_i\, r_{m(i)}(t) + b_i` (Brokman et al., ICLR
+    2024, Eq. 2).
 
     Attributes:
         layout: Names and shapes behind the flat vector of N weights.
         samples: [K] int64 flat indices of the weights that were clustered.
-        references: [M] int64 flat index of each mode's reference weight; mode 0 is the largest cluster.
+        references: [M] int64 flat index of each mode's reference weight; mode 0 is the largest
+            cluster.
         assignment: [N] uint8 mode m(i) of each weight.
         scale: [N] slope :math:`a_i`.
-        mean: [N] mean of each weight over the snapshots. Kept instead of the offset, which cancels against ``scale * profile`` when
+        mean: [N] mean of each weight over the snapshots. Kept instead of the offset, which cancels
+            against ``scale * profile`` when
             a reference is large against its movement.
         profiles: [M, T] float64 trajectories of the modes.
         profile_mean: [M] float64 mean of each profile over all snapshots that were fitted.
         total: Sum of squared deviations from the mean, over all weights and snapshots.
         explained: The part of ``total`` the model explains.
-        layer_total: [L] float64 ``total`` of each tensor of the layout; None for a decomposition made online, which does not know it.
+        layer_total: [L] float64 ``total`` of each tensor of the layout; None for a decomposition
+            made online, which does not know it.
         layer_explained: [L] float64 likewise.
         epochs: T labels of the snapshots.
-        unmodelled: Entries of the last snapshot that are not modelled (integer buffers, excluded tensors), for
+        unmodelled: Entries of the last snapshot that are not modelled (integer buffers, excluded
+            tensors), for
             :meth:`state_dict_at`.
     """
 
@@ -131,7 +136,8 @@ class Decomposition:
         """Return the explained share of each tensor's movement, nan where a tensor does not move.
 
         Raises:
-            PluginError: If the decomposition was made online, where only the sum over all tensors is followed.
+            PluginError: If the decomposition was made online, where only the sum over all tensors
+                is followed.
         """
         if self.layer_total is None or self.layer_explained is None:
             raise PluginError(

@@ -24,7 +24,8 @@ def fit_modes(
 ) -> AffineFit:
     """Assign and fit all weights; see :func:`cmd_plugin.kernels.assign_and_fit`.
 
-    A reference that is its mode's profile gets exactly mode k, scale 1 and the profile's mean, whatever the store rounded.
+    A reference that is its mode's profile gets exactly mode k, scale 1 and the profile's mean,
+    whatever the store rounded.
     """
     fit = assign_and_fit(trajectory, profiles, base)
     if torch.equal(choice.members, choice.references):
@@ -45,14 +46,16 @@ def explained_by_layer(
 ) -> Tensor:
     """Return the sum of squares the model explains in each tensor of the layout, [L] float64.
 
-    A weight's least-squares fit explains E = slope^2 energy[mode]. With ``total`` V the fit is shrunk by rho^2 = E / V and explains
+    A weight's least-squares fit explains E = slope^2 energy[mode]. With ``total`` V the fit is
+    shrunk by rho^2 = E / V and explains
     E (2 rho^2 - rho^4).
 
     Args:
         layout: Layout of the N weights.
         mode: [N] uint8.
         slope: [N] slopes, in any unit.
-        energy: [M] sums of squares of the profiles, in the unit that makes slope^2 energy a sum of squares of the weight.
+        energy: [M] sums of squares of the profiles, in the unit that makes slope^2 energy a sum of
+            squares of the weight.
         total: [N] sum of squared deviations of each weight, when the slopes will be shrunk.
     """
     table = ModeTable(energy.to(slope.device, slope.dtype), BLOCK)

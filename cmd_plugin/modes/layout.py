@@ -174,15 +174,18 @@ def named_weights(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Select the tensors to model, by cleaned name, and the aliases of tied ones.
 
-    From a model: floating parameters with ``requires_grad``, each once, then BatchNorm's running statistics when ``buffers`` is
-    ``"model"`` (the authors' code models them; leaving the raw run's costs accuracy). From a state_dict, which does not say what
+    From a model: floating parameters with ``requires_grad``, each once, then BatchNorm's running
+    statistics when ``buffers`` is
+    ``"model"`` (the authors' code models them; leaving the raw run's costs accuracy). From a
+    state_dict, which does not say what
     is a parameter: every floating entry, running statistics by the same policy, tied entries once.
 
     Args:
         source: Model or state_dict.
         include: Shell-style patterns on names; empty means all.
         exclude: Shell-style patterns on names, applied after ``include``.
-        buffers: ``"model"``, ``"recalibrate"`` or ``"keep"``; only the first models the running statistics.
+        buffers: ``"model"``, ``"recalibrate"`` or ``"keep"``; only the first models the running
+            statistics.
 
     Raises:
         InputError: If the policy is unknown or nothing is selected.

@@ -32,29 +32,39 @@ Source = nn.Module | Mapping[str, Tensor] | Tensor
 
 
 class OnlineModes:
-    r"""Correlation Mode Decomposition of a training run while it runs (Brokman et al., ICLR 2024, section 3.3).
+    r"""Correlation Mode Decomposition of a training run while it runs (Brokman et al., ICLR 2024,
+    section 3.3).
 
-    Call :meth:`update` once per epoch (or every so many steps), after the optimizer's step. The first F = ``warmup`` calls store
-    snapshots; call F + 1 stores one more, chooses the modes from all F + 1, fits every weight to its mode and frees the store.
-    From then on modes and references stay, and every call updates scale and mean of all weights by recursive least squares, in place.
+    Call :meth:`update` once per epoch (or every so many steps), after the optimizer's step. The
+    first F = ``warmup`` calls store
+    snapshots; call F + 1 stores one more, chooses the modes from all F + 1, fits every weight to
+    its mode and frees the store.
+    From then on modes and references stay, and every call updates scale and mean of all weights by
+    recursive least squares, in place.
     The training itself is never touched, and neither are the global random generators.
 
     Args:
-        model_or_layout: The model whose weights are followed; or a :class:`Layout`, and then :meth:`update` is given the weights.
+        model_or_layout: The model whose weights are followed; or a :class:`Layout`, and then
+            :meth:`update` is given the weights.
         modes: Largest number of modes M, 1..256.
         warmup: F, at least 2 (correlation over fewer than three snapshots says nothing).
         samples: Number K of weights whose trajectories are clustered.
         seed: Seed of the draw of the samples.
         storage: Warm-up store, ``"delta-bf16"`` (2 F + 4 bytes a weight) or ``"fp32"``.
         store_device: Where the warm-up store lies; None means with the weights.
-        buffers: BatchNorm's running statistics: ``"model"`` them (the authors' code; variances are kept from going negative),
-            ``"recalibrate"`` them for the modelled weights in :meth:`swap`, or ``"keep"`` those of the raw run.
+        buffers: BatchNorm's running statistics: ``"model"`` them (the authors' code; variances are
+            kept from going negative),
+            ``"recalibrate"`` them for the modelled weights in :meth:`swap`, or ``"keep"`` those of
+            the raw run.
         include: Shell-style patterns on parameter names; empty means all.
         exclude: Shell-style patterns on parameter names to leave out.
-        profile: What a mode follows: its ``"reference"`` weight (the paper), or the ``"mean"`` of its sampled weights.
-        shrink: Multiply each weight's scale by its squared correlation with its profile (beyond the paper; 4 more bytes a weight).
+        profile: What a mode follows: its ``"reference"`` weight (the paper), or the ``"mean"`` of
+            its sampled weights.
+        shrink: Multiply each weight's scale by its squared correlation with its profile (beyond the
+            paper; 4 more bytes a weight).
         forgetting: Factor in (0, 1] by which each update discounts the past; 1 weighs all snapshots alike (the paper).
-        broadcast: In distributed training, a function that returns rank 0's version of a small CPU tensor on all ranks, so that all choose and
+        broadcast: In distributed training, a function that returns rank 0's version of a small CPU
+            tensor on all ranks, so that all choose and
             follow the same modes even where local buffers differ.
 
     Raises:
@@ -81,9 +91,7 @@ class OnlineModes:
     ) -> None:
         check_modes(modes)
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 2:
-            raise InputError(
-                f"warmup must be at least 2 (3 snapshots are fitted), got {warmup!r}."
-            )
+            raise InputError(f"warmup must be at least 2 (3 snapshots are fitted), got {warmup!r}.")
         if not 0.0 < forgetting <= 1.0:
             raise InputError(f"forgetting must lie in (0, 1], got {forgetting!r}.")
         if profile not in PROFILES:
@@ -194,17 +202,21 @@ class OnlineModes:
         """Take a snapshot of the weights.
 
         Args:
-            source: Where the weights are: None for the model given at construction, or a model, a state_dict, or a flat [N] tensor.
-            label: Number of the snapshot in the history, for example the epoch; None counts updates.
+            source: Where the weights are: None for the model given at construction, or a model, a
+                state_dict, or a flat [N] tensor.
+            label: Number of the snapshot in the history, for example the epoch; None counts
+                updates.
 
         Raises:
             NonFiniteError: If a weight is NaN or infinite; the state stays as it was.
             StateMismatch: If the source has other tensors than the layout.
-            PluginError: If called inside :meth:`swap`, when the model does not hold its own weights.
+            PluginError: If called inside :meth:`swap`, when the model does not hold its own
+                weights.
         """
         if self._swapped:
             raise PluginError("update() inside swap() would record modelled weights as raw ones.")
-        # State made under inference_mode (Lightning validates in it) could not be changed in place later.
+        # State made under inference_mode (Lightning validates in it) could not be changed in place
+        # later.
         with torch.inference_mode(False), torch.no_grad():
             view = self._weights(source)
             bad = view.count_non_finite()
@@ -215,7 +227,9 @@ class OnlineModes:
                 )
             number = self.updates if label is None else label
             if self._tracker is not None:
-                self._tracker.update(view, self._members(view, self._tracker.choice.members), number)
+                self._tracker.update(
+                    view, self._members(view, self._tracker.choice.members), number
+                )
             elif self._choice is None:
                 self._warm_up(view, number)
             self.updates += 1
@@ -277,7 +291,8 @@ class OnlineModes:
                 raise PluginError("this OnlineModes has no model: give update() the weights.")
             source = self._model
         if isinstance(source, nn.Module) and source is self._model and self._tensors:
-            # Walking a model's modules costs more than an update of a small one: look only whether storage moved.
+            # Walking a model's modules costs more than an update of a small one: look only whether
+            # storage moved.
             if self._view is None or not self._view.is_current(self._tensors):
                 self._attach(self._tensors)
         elif isinstance(source, Tensor):
@@ -324,7 +339,8 @@ class OnlineModes:
     ) -> Iterator[bool]:
         """Show the modelled weights inside the ``with`` block; the raw ones return bit for bit, also when the body raises.
 
-        Values change in place: parameters, optimizer state and compiled graphs keep their tensors. Costs a copy of the weights.
+        Values change in place: parameters, optimizer state and compiled graphs keep their tensors.
+        Costs a copy of the weights.
 
         Args:
             model: The model to change; None for the one given at construction.
@@ -420,7 +436,8 @@ class OnlineModes:
         """Continue from what :meth:`state_dict` returned.
 
         Raises:
-            StateMismatch: If the state is of another version, model or configuration; nothing is changed then.
+            StateMismatch: If the state is of another version, model or configuration; nothing is
+                changed then.
         """
         if state.get("version") != _VERSION:
             raise StateMismatch(

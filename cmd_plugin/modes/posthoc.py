@@ -41,24 +41,31 @@ def decompose(
     """Decompose the history of a network's weights into correlated modes (post-hoc CMD, Brokman et al., ICLR 2024, section 3.1).
 
     Args:
-        trajectory: A [T, N] floating tensor of flattened weights over T snapshots; or T state_dicts; or T checkpoint files, or a folder
-            of them (Lightning ``.ckpt``, ``.pt``, ``.pth``, ``.bin``, ``.safetensors``; read one at a time, in natural order of names).
+        trajectory: A [T, N] floating tensor of flattened weights over T snapshots; or T
+            state_dicts; or T checkpoint files, or a folder
+            of them (Lightning ``.ckpt``, ``.pt``, ``.pth``, ``.bin``, ``.safetensors``; read one at
+            a time, in natural order of names).
         modes: Largest number of modes M, 1..256.
         samples: Number K of weights whose trajectories are clustered.
         seed: Seed of the draw of the samples.
-        storage: How snapshots are held while they are read: ``"delta-bf16"`` or ``"fp32"``. A tensor is used as it is.
-        buffers: ``"model"`` decomposes BatchNorm's running statistics too (as the authors' code does), ``"keep"`` leaves them out.
+        storage: How snapshots are held while they are read: ``"delta-bf16"`` or ``"fp32"``. A
+            tensor is used as it is.
+        buffers: ``"model"`` decomposes BatchNorm's running statistics too (as the authors' code
+            does), ``"keep"`` leaves them out.
         include: Shell-style patterns on tensor names; empty means all.
         exclude: Shell-style patterns on tensor names to leave out.
-        profile: ``"reference"`` (the paper) or ``"mean"``; see :func:`cmd_plugin.modes.choice.choose_modes`.
-        shrink: Multiply each weight's scale by its squared correlation with its profile (beyond the paper; the paper does not).
+        profile: ``"reference"`` (the paper) or ``"mean"``; see
+            :func:`cmd_plugin.modes.choice.choose_modes`.
+        shrink: Multiply each weight's scale by its squared correlation with its profile (beyond the
+            paper; the paper does not).
         progress: Called with (snapshots read, T) after each.
 
     Returns:
         The decomposition. When no weight moves it has no mode and every weight is its mean.
 
     Raises:
-        InputError: If there are fewer than 3 snapshots, fewer moving samples than modes, or a file cannot be read.
+        InputError: If there are fewer than 3 snapshots, fewer moving samples than modes, or a file
+            cannot be read.
         NonFiniteError: If a snapshot holds NaN or infinite values; names the snapshot.
         StateMismatch: If a snapshot has other tensors than the first; names it.
     """
@@ -213,7 +220,8 @@ def _read_all(
             progress(t + 1, len(sources))
     if store is None or layout is None:
         raise InputError("there is nothing to decompose.")
-    # Files of one epoch saved twice, or of unnumbered runs, cannot be told apart by epoch: number them instead.
+    # Files of one epoch saved twice, or of unnumbered runs, cannot be told apart by epoch: number
+    # them instead.
     labels = epochs if len(set(epochs)) == len(epochs) else list(range(len(epochs)))
     return store, layout, labels, unmodelled
 

@@ -15,8 +15,10 @@ __all__ = ["draw_distinct", "layer_quotas", "sample_weights"]
 def layer_quotas(sizes: Sequence[int], samples: int) -> list[int] | None:
     """Return how many weights each layer gives, or None when layers are too many for a balanced draw.
 
-    Half of the budget is split evenly over layers, half in proportion to their size, all-or-nothing per layer; what is left goes to
-    the smallest quota that has room for all of it. If no layer has, fewer than ``samples`` are drawn.
+    Half of the budget is split evenly over layers, half in proportion to their size, all-or-nothing
+    per layer; what is left goes to
+    the smallest quota that has room for all of it. If no layer has, fewer than ``samples`` are
+    drawn.
 
     Args:
         sizes: Number of weights of each layer.
@@ -50,7 +52,8 @@ def draw_distinct(population: int, count: int, generator: torch.Generator) -> Te
     while drawn.numel() < count:
         fresh = torch.randint(population, (count + count // 8 + 8,), generator=generator)
         merged = torch.cat([drawn, fresh])
-        # Keep the first occurrence of each value, in the order drawn: sorted keys alone would favour small indices.
+        # Keep the first occurrence of each value, in the order drawn: sorted keys alone would
+        # favour small indices.
         values, inverse = torch.unique(merged, return_inverse=True)
         first = torch.full((values.numel(),), merged.numel(), dtype=torch.int64)
         first.scatter_reduce_(0, inverse, torch.arange(merged.numel()), reduce="amin")
@@ -61,8 +64,10 @@ def draw_distinct(population: int, count: int, generator: torch.Generator) -> Te
 def sample_weights(sizes: Sequence[int], samples: int, seed: int = 0) -> Tensor:
     """Draw the flat indices of the K weights to cluster, [K'] int64, K' <= K and all distinct.
 
-    With fewer than two samples a layer the draw is uniform over all weights and sorted; else each layer gives its
-    :func:`layer_quotas`, uniformly inside the layer. The draw depends on ``seed`` alone and leaves the global generator untouched.
+    With fewer than two samples a layer the draw is uniform over all weights and sorted; else each
+    layer gives its
+    :func:`layer_quotas`, uniformly inside the layer. The draw depends on ``seed`` alone and leaves
+    the global generator untouched.
 
     Raises:
         InputError: If ``samples`` is not positive.

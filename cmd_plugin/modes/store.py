@@ -18,9 +18,12 @@ STORAGES = ("delta-bf16", "fp32")
 class TrajectoryStore:
     """Snapshots of N weights, appended one by one into memory that is reserved once.
 
-    ``"delta-bf16"`` keeps the first snapshot as it is and every later one as a bfloat16 difference to it: correlation does not see the
-    shift, and differences need far fewer bits than weights (2 T + 2 bytes a weight instead of 4 T). ``"fp32"`` keeps the snapshots
-    themselves (float64 ones as float64). The rows of the sampled weights, which decide the modes, are always kept exactly.
+    ``"delta-bf16"`` keeps the first snapshot as it is and every later one as a bfloat16 difference
+    to it: correlation does not see the
+    shift, and differences need far fewer bits than weights (2 T + 2 bytes a weight instead of 4 T).
+    ``"fp32"`` keeps the snapshots
+    themselves (float64 ones as float64). The rows of the sampled weights, which decide the modes,
+    are always kept exactly.
 
     Args:
         numel: Number of weights N.

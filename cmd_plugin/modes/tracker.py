@@ -22,14 +22,16 @@ class Tracker:
     r"""Recursive least squares of all weights against their modes' profiles, with fixed modes.
 
     Per weight it holds the mode (1 byte), the mean and the slope :math:`\sigma = a S / Z` (see
-    :func:`cmd_plugin.kernels.update_affine`); per mode the profile's mean, sum of squares S and the constant Z, in float64.
+    :func:`cmd_plugin.kernels.update_affine`); per mode the profile's mean, sum of squares S and the
+    constant Z, in float64.
 
     Args:
         choice: The modes.
         fit: Result of the fit on the warm-up snapshots; its arrays become the state.
         profiles: [M, T] float64 trajectories of the modes over the warm-up.
         labels: T labels of the warm-up snapshots.
-        shrink: Keep each weight's total sum of squares, to shrink its movement by the squared correlation.
+        shrink: Keep each weight's total sum of squares, to shrink its movement by the squared
+            correlation.
         forgetting: Factor by which an update discounts the past.
     """
 
@@ -153,9 +155,7 @@ class Tracker:
     def explained(self, layout: Layout) -> float:
         """Return the part of :attr:`total_sum` that the model explains."""
         energy = self.unit.square() / self.squares
-        return float(
-            explained_by_layer(layout, self.mode, self.slope, energy, self.total).sum()
-        )
+        return float(explained_by_layer(layout, self.mode, self.slope, energy, self.total).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the whole state, on the CPU."""

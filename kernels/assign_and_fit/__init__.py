@@ -30,21 +30,28 @@ class AffineFit(NamedTuple):
 
 
 def assign_and_fit(trajectory: Tensor, profiles: Tensor, base: Tensor | None = None) -> AffineFit:
-    r"""Assign each weight to the mode whose profile it correlates with most, and fit it by least squares.
+    r"""Assign each weight to the mode whose profile it correlates with most, and fit it by least
+    squares.
 
-    .. math:: m(i) = \arg\max_m |corr(w_i, r_m)|, \qquad a_i = \frac{\sum_t (w_i-\bar w_i)(r_m-\bar r_m)}{\sum_t (r_m-\bar r_m)^2}
+    .. math:: m(i) = \arg\max_m |corr(w_i, r_m)|, \qquad a_i = \frac{\sum_t (w_i-\bar w_i)(r_m-\bar
+    r_m)}{\sum_t (r_m-\bar r_m)^2}
 
-    (Brokman et al., ICLR 2024, Eq. 2 and its fit.) Ties go to the lowest mode. Rows are pivoted on their first snapshot and centred
-    before products are taken, so a mean far larger than the movement costs no accuracy. A row whose sum of squared deviations is at
-    most ``T (4 u max|w|)^2`` (u the unit roundoff of the weights' dtype) is constant: mode 0, scale 0.
+    (Brokman et al., ICLR 2024, Eq. 2 and its fit.) Ties go to the lowest mode. Rows are pivoted on
+    their first snapshot and centred
+    before products are taken, so a mean far larger than the movement costs no accuracy. A row whose
+    sum of squared deviations is at
+    most ``T (4 u max|w|)^2`` (u the unit roundoff of the weights' dtype) is constant: mode 0, scale
+    0.
 
     Args:
-        trajectory: [T, N] weights over time; or, with ``base``, [T-1, N] differences of the later snapshots to ``base``.
+        trajectory: [T, N] weights over time; or, with ``base``, [T-1, N] differences of the later
+            snapshots to ``base``.
         profiles: [M, T] float64 trajectories of the modes, M in 1..256, none constant.
         base: [N] first snapshot, when ``trajectory`` holds differences.
 
     Returns:
-        Mode, scale, mean and total, each [N]; float64 when the weights are float64, else float32. Non-finite rows give a non-finite
+        Mode, scale, mean and total, each [N]; float64 when the weights are float64, else float32.
+        Non-finite rows give a non-finite
         ``total``.
 
     Raises:

@@ -25,7 +25,8 @@ def assign_and_fit(
     reference = reference - reference.mean(dim=1, keepdim=True)
     norm = reference.norm(dim=1, keepdim=True)
     inverse_norm = (1.0 / norm[:, 0]).to(dtype)
-    # One product gives the M normalised correlations and, in the last row, the mean of the pivoted weight.
+    # One product gives the M normalised correlations and, in the last row, the mean of the pivoted
+    # weight.
     unit = torch.cat([reference / norm, torch.full_like(reference[:1], 1.0 / snapshots)])
     unit = unit.to(dtype)
 
@@ -46,11 +47,14 @@ def assign_and_fit(
         torch.add(pivot, product[modes], out=mean)
         total.addcmul_(product[modes], product[modes], value=-float(snapshots)).clamp_(min=0.0)
 
-        # argmax |product|, ties to the lowest mode: of the modes that reach the maximum, the one of highest rank.
+        # argmax |product|, ties to the lowest mode: of the modes that reach the maximum, the one of
+        # highest rank.
         size = torch.abs(product[:modes], out=magnitude[: modes * n].view(modes, n))
-        reached = torch.eq(size, size.amax(dim=0), out=hit[: modes * n].view(torch.bool).view(modes, n))
-        torch.amax(reached.view(torch.uint8).mul_(rank), dim=0, out=mode)
-        mode.neg_().sub_(1).clamp_(max=modes - 1)  # 255 - rank in bytes; all-false rows (NaN) stay in range
+        reached = hit[: modes * n].view(modes, n)
+        torch.eq(size, size.amax(dim=0), out=reached.view(torch.bool))
+        torch.amax(reached.mul_(rank), dim=0, out=mode)
+        # 255 - rank in bytes; a row that reaches nothing (NaN) stays in range.
+        mode.neg_().sub_(1).clamp_(max=modes - 1)
         index = mode.long()
         torch.gather(product, 0, index[None], out=scale[None])
         scale.mul_(inverse_norm[index])
@@ -62,7 +66,8 @@ def assign_and_fit(
 def _pivot(trajectory: Tensor, base: Tensor | None, x: Tensor) -> Tensor:
     """Fill ``x`` [T, n] with the rows of a block relative to their first snapshot, which is returned.
 
-    The first value of every pivoted row is 0, so T mean^2 <= T sum (x - mean)^2: single-pass moments of pivoted rows lose at most a
+    The first value of every pivoted row is 0, so T mean^2 <= T sum (x - mean)^2: single-pass
+    moments of pivoted rows lose at most a
     factor T to cancellation, however large the weight is against its movement.
     """
     if base is not None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 __all__ = ["UNIT_ROUNDOFF", "assign_and_fit"]
 
-# Unit roundoff u of the dtype the weights came in: a row that varies by less than a few u is constant.
+# Unit roundoff u of the dtype the weights came in: a row that varies by less than a few u is
+# constant.
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
     torch.float32: 2.0**-24,

@@ -41,15 +41,18 @@ def reconstruct(
     energy: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Return the modelled weights :math:`\hat w_i = \bar w_i + \rho_i^2\, \sigma_i h_{m(i)}` (without shrinking, :math:`\rho^2 = 1`).
+    r"""Return the modelled weights :math:`\hat w_i = \bar w_i + \rho_i^2\, \sigma_i h_{m(i)}`
+    (without shrinking, :math:`\rho^2 = 1`).
 
     Args:
         mode: [N] uint8.
         slope: [N] :math:`\sigma`.
         mean: [N] :math:`\bar w`.
         step: [M] :math:`h_m`: the profile's value relative to its mean, in the unit of ``slope``.
-        total: [N] sum of squared deviations of each weight; with ``energy`` it shrinks each weight's movement by the squared
-            correlation with its profile, :math:`\rho_i^2 = \sigma_i^2 q_{m(i)} / V_i`, clamped to [0, 1].
+        total: [N] sum of squared deviations of each weight; with ``energy`` it shrinks each
+            weight's movement by the squared
+            correlation with its profile, :math:`\rho_i^2 = \sigma_i^2 q_{m(i)} / V_i`, clamped to
+            [0, 1].
         energy: [M] :math:`q_m`: the profile's sum of squares, in the unit of ``slope``.
         out: [N] filled and returned when given.
 

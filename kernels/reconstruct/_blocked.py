@@ -25,9 +25,7 @@ class BlockReconstructor:
     ) -> None:
         self._mode, self._slope, self._mean, self._total = mode, slope, mean, total
         self._step = ModeTable(step.to(mean.device, mean.dtype), block)
-        self._scratch = torch.empty(
-            min(block, mean.numel()), dtype=mean.dtype, device=mean.device
-        )
+        self._scratch = torch.empty(min(block, mean.numel()), dtype=mean.dtype, device=mean.device)
         self._energy = None
         if total is not None and energy is not None:
             self._energy = ModeTable(energy.to(mean.device, mean.dtype), block)

@@ -23,14 +23,19 @@ def update_affine(
 ) -> float:
     r"""Update slope and mean of every weight with a new snapshot, in place.
 
-    With forgetting factor :math:`\lambda`, :math:`n' = \lambda n + 1`, and the profile's step :math:`d_m = r_m - \bar r_m`:
+    With forgetting factor :math:`\lambda`, :math:`n' = \lambda n + 1`, and the profile's step
+    :math:`d_m = r_m - \bar r_m`:
 
     .. math:: e_i = w_i - \bar w_i, \quad \bar w_i \leftarrow \bar w_i + e_i/n', \quad
-              \sigma_i \leftarrow \lambda \sigma_i + e_i\, g_{m(i)}, \quad g_m = \frac{d_m}{Z_m}\frac{\lambda n}{n'}
+              \sigma_i \leftarrow \lambda \sigma_i + e_i\, g_{m(i)}, \quad g_m =
+              \frac{d_m}{Z_m}\frac{\lambda n}{n'}
 
-    :math:`\sigma_i Z_m` is the centred cross moment of weight and profile, so the least-squares slope is
-    :math:`a_i = \sigma_i Z_m / S_m` with :math:`S_m` the profile's sum of squares. It is algebraically the recursive least squares of
-    the paper's online CMD, in a form that needs one look-up per weight and accumulates no error in the offset.
+    :math:`\sigma_i Z_m` is the centred cross moment of weight and profile, so the least-squares
+    slope is
+    :math:`a_i = \sigma_i Z_m / S_m` with :math:`S_m` the profile's sum of squares. It is
+    algebraically the recursive least squares of
+    the paper's online CMD, in a form that needs one look-up per weight and accumulates no error in
+    the offset.
 
     Args:
         weights: The N weights of the new snapshot.
@@ -40,10 +45,12 @@ def update_affine(
         gain: [M] :math:`g`.
         blend: :math:`1/n'`.
         decay: :math:`\lambda` in (0, 1].
-        total: [N] sum of squared deviations, changed in place when given: ``total = decay total + (1 - blend) e^2``.
+        total: [N] sum of squared deviations, changed in place when given: ``total = decay total +
+            (1 - blend) e^2``.
 
     Returns:
-        The sum of e^2 over all weights: times ``1 - blend`` it is what the snapshot adds to the total sum of squares.
+        The sum of e^2 over all weights: times ``1 - blend`` it is what the snapshot adds to the
+        total sum of squares.
 
     Raises:
         ShapeError: If a state vector does not have N values.
