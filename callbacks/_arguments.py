@@ -1,0 +1,30 @@
+"""Checks of constructor arguments: a wrong one has to fail where it was written, not mid-run."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from cmd_plugin.errors import InputError
+
+__all__ = ["one_of", "whole"]
+
+_Choice = TypeVar("_Choice", bound=str)
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return ``value`` if it is a whole number in ``low..high``, else raise InputError."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"{low} to {high}"
+        extra = ", or a fraction between 0 and 1" if name == "warmup" else ""
+        message = f"{name} must be a whole number, {bound}{extra}; it is {value!r}."
+        raise InputError(message)
+    return int(value)
+
+
+def one_of(name: str, value: _Choice, choices: tuple[str, ...]) -> _Choice:
+    """Return ``value`` if it is one of ``choices``, else raise InputError."""
+    if value not in choices:
+        message = f"{name} must be one of {', '.join(choices)}; it is {value!r}."
+        raise InputError(message)
+    return value
