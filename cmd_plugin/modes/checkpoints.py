@@ -16,7 +16,7 @@ from torch import Tensor
 from cmd_plugin.errors import InputError
 from cmd_plugin.modes.layout import clean_name
 
-__all__ = ["SUFFIXES", "find_checkpoints", "read_checkpoint"]
+__all__ = ["SUFFIXES", "find_checkpoints", "read_checkpoint", "readable_checkpoints"]
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -119,3 +119,16 @@ def _epoch(path: Path, data: object) -> int | None:
         return int(data["epoch"])
     match = re.search(r"epoch\D?(\d+)", path.name)
     return int(match[1]) if match else None
+
+
+def readable_checkpoints(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return the files that can be read, and one sentence about each that cannot."""
+    good, problems = [], []
+    for file in files:
+        try:
+            read_checkpoint(file)
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            good.append(file)
+    return good, problems

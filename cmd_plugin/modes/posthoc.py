@@ -251,6 +251,8 @@ def _still(
         profile_mean=empty,
         total=0.0,
         explained=0.0,
+        layer_total=torch.zeros(len(layout.names), dtype=torch.float64),
+        layer_explained=torch.zeros(len(layout.names), dtype=torch.float64),
         epochs=epochs if epochs is not None else range(count),
         unmodelled=unmodelled,
     )
