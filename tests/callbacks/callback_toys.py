@@ -1,0 +1,210 @@
+"""Small models, data and trainers for the callback tests, in every installed Lightning.
+# ruff: noqa: ARG002 - Lightning fixes the signatures of its hooks
+
+``conftest.py`` makes this file importable as ``callback_toys``, here and in child processes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from cmd_plugin.callbacks import CMDCallback
+from cmd_plugin.callbacks._lightning import NAMESPACES
+
+SMALL = {"modes": 3, "warmup": 2, "samples": 60}
+
+
+def toy_data(count: int = 50, features: int = 6, seed: int = 1) -> TensorDataset:
+    """Points labelled by the largest of three random projections."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(count, features, generator=generator)
+    labels = (points @ torch.randn(features, 3, generator=generator)).argmax(1)
+    return TensorDataset(points, labels)
+
+
+def toy_loader(seed: int = 1, shuffle: bool = False, **options: Any) -> DataLoader:
+    """50 points in batches of 8: the last one has 2."""
+    return DataLoader(toy_data(seed=seed), batch_size=8, shuffle=shuffle, **options)
+
+
+class ResumableLoader:
+    """Batches in a fixed order that differs per epoch; resumes in the middle of an epoch."""
+
+    def __init__(self, epoch_length: int = 6) -> None:
+        self.points, self.labels = toy_data(count=8 * epoch_length).tensors
+        self.epoch_length, self.epoch, self.at = epoch_length, 0, 0
+
+    def __len__(self) -> int:
+        return self.epoch_length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(100 + self.epoch)
+        order = torch.randperm(len(self.points), generator=generator).split(8)
+        for index in range(self.at, self.epoch_length):
+            self.at = index + 1
+            yield self.points[order[index]], self.labels[order[index]]
+        self.at, self.epoch = 0, self.epoch + 1
+
+    def state_dict(self) -> dict[str, int]:
+        done = self.at >= self.epoch_length
+        return {"epoch": self.epoch + done, "at": 0 if done else self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.at = state["epoch"], state["at"]
+
+
+class Toy:
+    """Mixed into the LightningModule of each distribution; dropout makes it use the random stream."""
+
+    def __init__(self, norm: bool = True, dropout: float = 0.2, width: int = 12) -> None:
+        super().__init__()
+        middle = [nn.BatchNorm1d(width)] if norm else []
+        self.net = nn.Sequential(
+            nn.Linear(6, width), *middle, nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, 3)
+        )
+        self.losses: list[float] = []
+
+    def forward(self, points: Tensor) -> Tensor:
+        return self.net(points)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = cross_entropy(self(batch[0]), batch[1])
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        scores = self(batch[0])
+        self.log("val_loss", cross_entropy(scores, batch[1]))
+        self.log("val_acc", (scores.argmax(1) == batch[1]).float().mean())
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        scores = self(batch[0])
+        self.log("test_loss", cross_entropy(scores, batch[1]))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+_KINDS: dict[tuple[str, type], type] = {}
+
+
+def in_namespace(namespace: str, kind: type = Toy) -> type:
+    """The LightningModule class of one distribution with ``kind`` mixed in; always the same one."""
+    base = importlib.import_module(namespace).LightningModule
+    if (namespace, kind) not in _KINDS:
+        name = f"{kind.__name__}_{namespace.replace('.', '_')}"
+        made = type(name, (kind, base), {"__module__": kind.__module__, "__qualname__": name})
+        _KINDS[namespace, kind] = made
+    return _KINDS[namespace, kind]
+
+
+def make_module(
+    namespace: str = NAMESPACES[-1], kind: type = Toy, seed: int = 3, **options: Any
+) -> Any:
+    """A module with its own initial weights; the global random stream starts at ``seed``."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the stream that user code draws from
+    torch.manual_seed(seed)
+    return in_namespace(namespace, kind)(**options)
+
+
+def make_trainer(*callbacks: Any, namespace: str = NAMESPACES[-1], **options: Any) -> Any:
+    """A quiet CPU trainer of one distribution."""
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 5,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 2,
+    }
+    settings.update(options)
+    return importlib.import_module(namespace).Trainer(callbacks=list(callbacks), **settings)
+
+
+class Counting(CMDCallback):
+    """Counts snapshots and swaps, and remembers in which order things happened."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**SMALL, **options})
+        self.events: list[tuple[Any, ...]] = []
+
+    def count(self, kind: str) -> int:
+        return sum(event[0] == kind for event in self.events)
+
+    def take_snapshot(self, trainer: Any, pl_module: Any, label: int) -> None:
+        super().take_snapshot(trainer, pl_module, label)
+        self.events.append(("snapshot", trainer.current_epoch, trainer.global_step))
+
+    def show_modelled(self, trainer: Any, pl_module: Any) -> bool:
+        shown = super().show_modelled(trainer, pl_module)
+        if shown:
+            self.events.append(("show", trainer.current_epoch, trainer.global_step))
+        return shown
+
+    def hide_modelled(self) -> None:
+        if self.showing == "modelled":
+            self.events.append(("hide",))
+        super().hide_modelled()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        kind = "sanity" if trainer.sanity_checking else "validation"
+        super().on_validation_start(trainer, pl_module)
+        self.events.append((kind, trainer.current_epoch, trainer.global_step))
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two nested states are equal, tensors to the last bit."""
+    if isinstance(left, Tensor):
+        alike = isinstance(right, Tensor) and left.dtype == right.dtype
+        return bool(alike and left.shape == right.shape and torch.equal(left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+def modelled_weights(callback: CMDCallback, module: nn.Module) -> dict[str, Tensor]:
+    """The complete state_dict of the module with its modelled weights."""
+    assert callback.modes is not None
+    with callback.modes.swap(module) as shown:
+        assert shown
+        return weights_of(module)
+
+
+def evaluate(module: Any, weights: dict[str, Tensor], loader: Any) -> dict[str, float]:
+    """Loss and accuracy over all samples, in a loop that knows nothing of Lightning."""
+    before = weights_of(module)
+    was_training = module.training
+    module.load_state_dict(weights)
+    module.eval()
+    loss, right, count = 0.0, 0, 0
+    with torch.no_grad():
+        for points, labels in loader:
+            scores = module.net(points)
+            loss += float(cross_entropy(scores.double(), labels, reduction="sum"))
+            right += int((scores.argmax(1) == labels).sum())
+            count += len(labels)
+    module.load_state_dict(before)
+    module.train(was_training)
+    return {"loss": loss / count, "acc": right / count}

@@ -1,0 +1,61 @@
+"""Lightning's chatter, the helpers of this folder, and one fixture over both distributions."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+_HERE = Path(__file__).parent
+
+
+def _load_helpers() -> None:
+    # With --import-mode=importlib a test folder is not on the path; child processes load the same
+    # file from this folder.
+    spec = importlib.util.spec_from_file_location("callback_toys", _HERE / "callback_toys.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["callback_toys"] = module
+    spec.loader.exec_module(module)
+
+
+_load_helpers()
+
+# Advice about speed and set-up that tiny runs cannot follow. Everything else stays an error.
+_CHATTER = (
+    r"The '\w+' does not have many workers",
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"Trainer already configured with model summary callbacks",
+    r"You defined a `validation_step` but have no `val_dataloader`",
+    r"Checkpoint directory .* exists and is not empty",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Silence the advice for the tests of this folder only."""
+    for item in items:
+        if _HERE in item.path.parents:
+            for message in _CHATTER:
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}"))
+
+
+@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+def namespace(request: pytest.FixtureRequest) -> str:
+    """Each Lightning distribution, if it is installed."""
+    pytest.importorskip(request.param.partition(".")[0])
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bit-exact comparisons want one order of summation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
