@@ -143,7 +143,14 @@ class LogRecorder(_Diverted):
 
     def on_batch(self, batch: Any, loader: int | None) -> None:
         """Tell which batch is under way (None at the end), and which loader if there are more."""
+        if loader != self._loader:
+            self._compute_metrics()  # one object logged for several loaders has one value for each
         self._batch, self._batch_size, self._loader = batch, None, loader
+
+    def _compute_metrics(self) -> None:
+        for entry in self._entries.values():
+            if isinstance(entry.value, Metric):
+                entry.value = torch.as_tensor(entry.value.compute()).detach()
 
     def _take(self, **options: Any) -> None:
         if options["on_epoch"] is False:
@@ -186,12 +193,11 @@ class LogRecorder(_Diverted):
         Means are taken over all samples of all processes, whether or not the call asked for
         ``sync_dist``: a monitor must see the same number everywhere.
         """
-        local: dict[str, tuple[str, bool, bool, Any, Any]] = {}
-        for (_, name), entry in self._entries.items():
-            value = entry.value
-            if isinstance(value, Metric):
-                value = torch.as_tensor(value.compute()).detach()  # synchronises by itself
-            local[name] = (entry.reduction, entry.forked, entry.logger, value, entry.weight)
+        self._compute_metrics()  # synchronises by itself
+        local = {
+            name: (entry.reduction, entry.forked, entry.logger, entry.value, entry.weight)
+            for (_, name), entry in self._entries.items()
+        }
         if _processes() == 1:
             return {
                 name: Published(value / weight if reduction == "mean" else value, forked, logger)

@@ -1,8 +1,9 @@
 """Small models, data and trainers for the callback tests, in every installed Lightning.
-# ruff: noqa: ARG002 - Lightning fixes the signatures of its hooks
 
 ``conftest.py`` makes this file importable as ``callback_toys``, here and in child processes.
 """
+
+# ruff: noqa: ARG002 - Lightning fixes the signatures of its hooks
 
 from __future__ import annotations
 
@@ -24,11 +25,10 @@ SMALL = {"modes": 3, "warmup": 2, "samples": 60}
 
 
 def toy_data(count: int = 50, features: int = 6, seed: int = 1) -> TensorDataset:
-    """Points labelled by the largest of three random projections."""
-    generator = torch.Generator().manual_seed(seed)
-    points = torch.randn(count, features, generator=generator)
-    labels = (points @ torch.randn(features, 3, generator=generator)).argmax(1)
-    return TensorDataset(points, labels)
+    """Points labelled by the largest of three projections, the same three for every seed."""
+    points = torch.randn(count, features, generator=torch.Generator().manual_seed(seed))
+    task = torch.randn(features, 3, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(points, (points @ task).argmax(1))
 
 
 def toy_loader(seed: int = 1, shuffle: bool = False, **options: Any) -> DataLoader:
@@ -63,7 +63,7 @@ class ResumableLoader:
 
 
 class Toy:
-    """Mixed into the LightningModule of each distribution; dropout makes it use the random stream."""
+    """Mixed into each distribution's LightningModule; dropout draws from the random stream."""
 
     def __init__(self, norm: bool = True, dropout: float = 0.2, width: int = 12) -> None:
         super().__init__()
