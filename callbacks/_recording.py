@@ -81,6 +81,8 @@ class _Diverted:
         else:
             self._pl_module.__dict__["log"] = self._previous
 
+    # As Lightning's own logging: traced, it would cost seconds of compilation and save nothing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _log(self, *args: Any, **kwargs: Any) -> None:
         bound = self._signature.bind(self._pl_module, *args, **kwargs)
         bound.apply_defaults()
