@@ -1,1 +1,1 @@
-"""One script per claim: each prints a table and writes what it measured, with the machine it ran on."""
+"""One script per claim: each prints a table and writes what it measured and on what."""

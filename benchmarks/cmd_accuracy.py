@@ -1,10 +1,13 @@
-"""Do modelled weights generalise better? CMD and its options beside EMA, SWA and P-BFGS, on the same training runs.
+"""Do modelled weights generalise better? CMD beside EMA, SWA and P-BFGS on the same training runs.
 
     python -m benchmarks.cmd_accuracy --quick                       # digits, 1 seed, a minute
-    python -m benchmarks.cmd_accuracy --data-root DATA              # all of it, about two hours on one core
+    python -m benchmarks.cmd_accuracy --data-root DATA              # all of it, about two hours on
+    one core
 
-Every averaging method watches the *same* SGD run and is evaluated on the same test set after the last epoch, so differences between
-columns are not differences between runs. Rows are appended to ``results/cmd_accuracy.jsonl`` as runs finish; a run that is there is
+Every averaging method watches the *same* SGD run and is evaluated on the same test set after the
+last epoch, so differences between
+columns are not differences between runs. Rows are appended to ``results/cmd_accuracy.jsonl`` as
+runs finish; a run that is there is
 not repeated.
 """
 
@@ -25,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -36,7 +39,7 @@ from cmd_plugin.data import load_dataset
 from cmd_plugin.modes import OnlineModes
 from cmd_plugin.modes.exchange import recalibrated
 from cmd_plugin.training.evaluation import evaluate
-from cmd_plugin.training.models import build_model
+from cmd_plugin.training.models import SmallConvNet
 
 EMA_PER_STEP = (0.9, 0.99, 0.999)
 EMA_PER_EPOCH = 0.9
@@ -70,14 +73,15 @@ class Case:
     warmup: int
     batch_size: int
     rate: float
+    width: int
 
 
 CASES = (
-    Case("digits", None, 0.2, 60, 20, 64, 0.05),
-    Case("mnist", 2000, 0.0, 60, 20, 64, 0.05),
-    Case("cifar10", 4000, 0.0, 60, 20, 64, 0.05),
+    Case("digits", None, 0.2, 60, 20, 64, 0.05, 16),
+    Case("mnist", 2000, 0.2, 60, 20, 64, 0.05, 8),
+    Case("cifar10", 4000, 0.0, 60, 20, 64, 0.05, 8),
 )
-QUICK = (Case("digits", None, 0.2, 40, 13, 64, 0.02),)
+QUICK = (Case("digits", None, 0.2, 30, 10, 64, 0.05, 16),)
 SCHEDULES = ("constant", "cosine")
 
 
@@ -106,7 +110,7 @@ def train_once(
     images, labels = whole(data.train)
     test = whole(data.test)
     torch.manual_seed(seed)
-    model = build_model("cnn", data.channels, len(data.classes), data.size)
+    model = SmallConvNet(data.channels, len(data.classes), case.width)
     optimizer = torch.optim.SGD(model.parameters(), lr=case.rate, momentum=0.9)
     steps = case.epochs * -(-len(labels) // case.batch_size)
     scheduler = (
@@ -168,9 +172,7 @@ def train_once(
             scores[name] = evaluate(model, batches(*test, 512))
     started = time.perf_counter()
     low = copy.deepcopy(model)
-    train_in_subspace(
-        low, torch.stack(snapshots), images, labels, case.epochs - case.warmup - 1
-    )
+    train_in_subspace(low, torch.stack(snapshots), images, labels, case.epochs - case.warmup - 1)
     update_bn(training_batches, low)
     scores["p-bfgs recal."] = evaluate(low, batches(*test, 512))
     paper = observers["cmd M=10"]
@@ -192,7 +194,7 @@ def train_once(
 
 
 def summarise(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print one table a case and schedule: mean, spread, and wins over the best EMA and SWA, seed by seed."""
+    """Print a table for each case and schedule: mean, spread, wins over the best EMA and SWA."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["data"], row["schedule"]), []).append(row)
@@ -206,7 +208,14 @@ def summarise(rows: list[dict[str, Any]], console: Console) -> None:
             f"{case['label_noise']:g}, {schedule} learning rate, {case['epochs']} epochs, "
             f"{len(group)} seeds"
         )
-        for column in ("method", "accuracy %", "loss", "against raw", f"against {best_ema}", "against swa"):
+        for column in (
+            "method",
+            "accuracy %",
+            "loss",
+            "against raw",
+            f"against {best_ema}",
+            "against swa",
+        ):
             table.add_column(column, justify="left" if column == "method" else "right")
         for name in names:
             spread = f" +/- {stdev(accuracy[name]):.2f}" if len(group) > 1 else ""
@@ -255,9 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     with Progress(console=terminal, disable=not terminal.is_terminal) as progress:
         bar = progress.add_task("training", total=sum(case.epochs for case, _, _ in todo))
         for case, schedule, seed in todo:
-            row = train_once(
-                case, schedule, seed, options.data_root, lambda: progress.advance(bar)
-            )
+            row = train_once(case, schedule, seed, options.data_root, lambda: progress.advance(bar))
             row["machine"] = describe_machine()
             rows.append(row)
             if path is not None:

@@ -1,6 +1,8 @@
-"""P-BFGS (Li et al., "Low Dimensional Trajectory Hypothesis", TPAMI 2022): train inside the span of the first epochs."""
+"""P-BFGS (Li et al., TPAMI 2022, "Low Dimensional Trajectory Hypothesis"), as a baseline."""
 
 from __future__ import annotations
+
+import contextlib
 
 import numpy as np
 import torch
@@ -17,14 +19,15 @@ _BATCH = 512
 def train_in_subspace(
     model: nn.Module, snapshots: Tensor, images: Tensor, labels: Tensor, evaluations: int
 ) -> int:
-    """Minimise the training loss by BFGS in the span of principal directions of early snapshots, in place.
+    """Minimise the training loss by BFGS in the span of early snapshots, in place.
 
-    Starts from the mean snapshot plus nothing; the gradient is that of the whole training set, so one evaluation costs an epoch's
-    forward and backward passes. BatchNorm uses batch statistics meanwhile and is re-estimated by the caller.
+    Starts from the last snapshot. The gradient is that of the whole training set, so one evaluation
+    costs what an epoch's forward and backward passes cost. BatchNorm uses batch statistics
+    meanwhile; the caller re-estimates them.
 
     Args:
         model: Network whose parameters are set to the best point found.
-        snapshots: [T, P] parameter vectors of the first epochs, float32; T - 1 directions are used.
+        snapshots: [T, P] float32 parameter vectors of the first epochs; T - 1 directions are used.
         images: Training images.
         labels: Training labels.
         evaluations: Budget of loss-and-gradient evaluations.
@@ -65,10 +68,8 @@ def train_in_subspace(
             best = (total, z.copy())
         return total, (basis.T @ flat).double().numpy()
 
-    try:
+    with contextlib.suppress(_Spent):  # the best point seen counts, whatever ended the search
         minimize(loss_and_gradient, best[1], jac=True, method="BFGS")
-    except _Spent:
-        pass  # the budget, not convergence, ended it: the best point seen counts
     with torch.no_grad():
         vector_to_parameters(origin + basis @ torch.from_numpy(best[1]).float(), parameters)
     model.zero_grad(set_to_none=True)
