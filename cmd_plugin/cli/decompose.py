@@ -163,7 +163,7 @@ def _print(
 
     console = Console()
     table = Table(title="Correlated modes by tensor")
-    table.add_column("tensor")
+    table.add_column("tensor", overflow="fold", min_width=24)
     for column in ("weights", "variance explained", "modes used", "main mode", "its share"):
         table.add_column(column, justify="right")
     for layer in layers:

@@ -75,6 +75,7 @@ def plot_profiles(
             label=f"mode {mode} ({share:.0%})" if mode < _LEGEND else None,
         )
     ax.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
+    ax.locator_params(axis="x", integer=True)
     ax.set(xlabel="epoch", ylabel="standardised value", title="Mode profiles (share of weights)")
     if decomposition.number_of_modes:
         ax.legend(fontsize="x-small", ncols=2, frameon=False)
