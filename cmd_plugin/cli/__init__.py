@@ -1,0 +1,1 @@
+"""The `cmd-plugin` command: one file per sub-command, no logic of its own."""

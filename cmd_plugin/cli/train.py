@@ -1,0 +1,356 @@
+"""`cmd-plugin train`: raw weights, EMA, SWA and CMD in the same training runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cmd_plugin.training import ComparisonResult, Progress
+
+__all__ = ["train"]
+
+_DATA = "Data and network"
+_TRAINING = "Training"
+_METHODS = "Averages and modes"
+_OUTPUT = "Output"
+
+
+def train(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits (comes with scikit-learn), mnist, fashion-mnist, cifar10 or folder.",
+            rich_help_panel=_DATA,
+        ),
+    ] = "digits",
+    data_root: Annotated[
+        str | None,
+        typer.Option(
+            help="Where data lies: torchvision's layout, or with --data folder a folder of "
+            "train/CLASS/IMAGE and test/CLASS/IMAGE (or CLASS/IMAGE), or a tar archive of it. "
+            "Default: environment variable CMD_PLUGIN_DATA. Nothing is downloaded.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="cnn (57k parameters), or any timm or torchvision name.", rich_help_panel=_DATA
+        ),
+    ] = "cnn",
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Resize images to this side length.", rich_help_panel=_DATA),
+    ] = None,
+    label_noise: Annotated[
+        float,
+        typer.Option(
+            help="Share of training labels replaced by a wrong one, 0 to below 1.",
+            rich_help_panel=_DATA,
+        ),
+    ] = 0.0,
+    train_limit: Annotated[
+        int | None,
+        typer.Option(help="Use only so many training images.", rich_help_panel=_DATA),
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="sgd (momentum 0.9), adam or adamw.", rich_help_panel=_TRAINING)
+    ] = "sgd",
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate; default 0.05 for sgd, 0.001 for adam and adamw.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="constant, cosine (to 0), or step (a tenth at 1/2 and at 3/4 of the run).",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = "constant",
+    weight_decay: Annotated[
+        float, typer.Option(help="Weight decay.", rich_help_panel=_TRAINING)
+    ] = 0.0,
+    batch_size: Annotated[
+        int, typer.Option(help="Training images in a step.", rich_help_panel=_TRAINING)
+    ] = 32,
+    epochs: Annotated[
+        int, typer.Option(help="Epochs of each seed.", rich_help_panel=_TRAINING)
+    ] = 40,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            help="Training runs; they differ in initial weights and order of the data.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 3,
+    seed: Annotated[
+        int,
+        typer.Option(help="First seed; also of split and label noise.", rich_help_panel=_TRAINING),
+    ] = 0,
+    warmup: Annotated[
+        int,
+        typer.Option(
+            help="Epochs CMD only watches; modes are fitted after the next one.",
+            rich_help_panel=_METHODS,
+        ),
+    ] = 15,
+    modes: Annotated[
+        int, typer.Option(help="Number of modes, 1 to 256.", rich_help_panel=_METHODS)
+    ] = 10,
+    samples: Annotated[
+        int,
+        typer.Option(help="Weights whose trajectories are clustered.", rich_help_panel=_METHODS),
+    ] = 1000,
+    forgetting: Annotated[
+        float,
+        typer.Option(
+            help="Weight of the past at each update, above 0 to 1.", rich_help_panel=_METHODS
+        ),
+    ] = 1.0,
+    shrink: Annotated[
+        bool,
+        typer.Option(
+            "--shrink/--no-shrink",
+            help="Shrink each weight's movement by its squared correlation with its mode.",
+            rich_help_panel=_METHODS,
+        ),
+    ] = False,
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="What a mode follows: its reference weight, or the mean of its samples.",
+            rich_help_panel=_METHODS,
+        ),
+    ] = "reference",
+    buffers: Annotated[
+        str,
+        typer.Option(
+            help="BatchNorm statistics of CMD's weights: model, recalibrate or keep.",
+            rich_help_panel=_METHODS,
+        ),
+    ] = "model",
+    ema_decay: Annotated[
+        float,
+        typer.Option(help="Decay of the EMA at each step.", rich_help_panel=_METHODS),
+    ] = 0.99,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads; default: torch's choice.", rich_help_panel=_OUTPUT),
+    ] = None,
+    accelerator: Annotated[
+        str, typer.Option(help="cpu, gpu, mps or auto.", rich_help_panel=_OUTPUT)
+    ] = "cpu",
+    out: Annotated[
+        Path, typer.Option(help="Folder for all results.", rich_help_panel=_OUTPUT)
+    ] = Path("out"),
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the interrupted run in --out; it ends as if never interrupted.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an unfinished run in --out.", rich_help_panel=_OUTPUT
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print result.json and nothing else.", rich_help_panel=_OUTPUT),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress bar.", rich_help_panel=_OUTPUT)
+    ] = False,
+) -> None:
+    """Train, and compare raw weights, EMA, SWA and CMD on the same held-out images.
+
+    Each seed is one ordinary training run; EMA (every step), SWA (mean over the last quarter's
+    epochs) and CMD (Correlation Mode Decomposition of the weights' trajectories) watch it without
+    changing it, and all four are evaluated after every epoch. Overhead is the time CMD takes in
+    percent of the pure training time, evaluation excluded.
+
+    Writes metrics.csv, result.json, modes.safetensors and model_cmd.safetensors (first seed),
+    report.png, and the first seed's weights after each epoch in checkpoints/.
+
+    \b
+    Examples:
+      cmd-plugin train
+      cmd-plugin train --label-noise 0.2 --shrink --seeds 5 --out noisy
+      cmd-plugin train --data cifar10 --data-root DATA --model resnet18 --epochs 60 --warmup 20
+    """  # noqa: D301
+    from cmd_plugin.training.config import TrainConfig
+
+    config = TrainConfig(
+        data=data,
+        data_root=data_root,
+        image_size=image_size,
+        label_noise=label_noise,
+        train_limit=train_limit,
+        model=model,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        batch_size=batch_size,
+        epochs=epochs,
+        warmup=warmup,
+        modes=modes,
+        samples=samples,
+        seeds=seeds,
+        seed=seed,
+        ema_decay=ema_decay,
+        forgetting=forgetting,
+        shrink=shrink,
+        profile=profile,
+        buffers=buffers,
+        threads=threads,
+        accelerator=accelerator,
+    )
+    with _stdout_for_results(), _own_warnings():
+        from cmd_plugin.training import run_comparison
+
+        try:
+            with _progress_bar(shown=not (as_json or quiet)) as progress:
+                result = run_comparison(
+                    config, out, resume=resume, overwrite=overwrite, progress=progress
+                )
+        except KeyboardInterrupt:
+            message = f"interrupted: finished epochs are kept in {out}; add --resume to go on."
+            typer.echo(message, err=True)
+            raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(result.summary, indent=2, allow_nan=False))
+    else:
+        _print(result)
+
+
+@contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """Send whatever a library prints to stderr; standard output is for results."""
+    stdout: TextIO = sys.stdout
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = stdout
+
+
+@contextmanager
+def _own_warnings() -> Iterator[None]:
+    """Show this package's warnings as one line each, other libraries' only when debugging."""
+
+    def show(message: Warning | str, *_: Any) -> None:
+        typer.echo(f"warning: {message}", err=True)
+
+    if os.environ.get("CMD_PLUGIN_DEBUG"):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"cmd_plugin\.")
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+@contextmanager
+def _progress_bar(*, shown: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """A bar on stderr, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not shown or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.fields[scores]}"), console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=None, scores="")
+
+        def update(progress: Progress) -> None:
+            scores = "  ".join(f"{k} {s.accuracy:.3f}" for k, s in progress.scores.items())
+            bar.update(
+                task,
+                completed=progress.epochs_done,
+                total=progress.epochs,
+                description=f"seed {progress.seed}, epoch {progress.epoch}",
+                scores=scores,
+            )
+
+        yield update
+
+
+def _print(result: ComparisonResult) -> None:
+    from rich.console import Console
+
+    summary = result.summary
+    console = Console(highlight=False)
+    console.print(_table(summary))
+    seconds = summary["seconds"]
+    bytes_now = summary["state_bytes_per_parameter"]
+    bytes_peak = summary["peak_state_bytes_per_parameter"]
+    console.print(
+        f"CMD: {summary['modes']} modes for {summary['parameters']:,} weights, "
+        f"{summary['explained_variance']:.1%} of their movement explained"
+    )
+    console.print(
+        f"overhead: {summary['overhead_percent']:.1f} % of the training time "
+        f"({seconds['cmd']:.1f} s of {seconds['training']:.0f} s)"
+    )
+    console.print(
+        f"state: {bytes_now:.1f} bytes per parameter (during warm-up up to {bytes_peak:.1f})"
+    )
+    folder = result.folder
+    for path in (folder.result, folder.metrics, folder.modes, folder.model, folder.report):
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    config, data = summary["config"], summary["data"]
+    seeds = config["seeds"]
+    spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ", 1 seed"
+    table = Table(
+        title=f"{config['model']} on {data['name']} after {config['epochs']} epochs{spread}",
+        title_justify="left",
+    )
+    table.add_column("weights")
+    table.add_column("accuracy (%)", justify="right")
+    table.add_column("loss", justify="right")
+    names = {
+        "raw": "raw",
+        "ema": f"EMA ({config['ema_decay']:g} a step)",
+        "swa": "SWA (last quarter)",
+        "cmd": f"CMD ({summary['modes']} modes)",
+    }
+    for name, shown in names.items():
+        accuracy = _cell(summary["accuracy"][name], summary["accuracy_std"][name], 100.0, 2)
+        loss = _cell(summary["loss"][name], summary["loss_std"][name], 1.0, 4)
+        table.add_row(shown, accuracy, loss)
+    return table
+
+
+def _cell(mean: float | None, std: float | None, factor: float, digits: int) -> str:
+    if mean is None:
+        return "not finite"
+    if std is None:
+        return f"{factor * mean:.{digits}f}"
+    return f"{factor * mean:.{digits}f} ± {factor * std:.{digits}f}"
