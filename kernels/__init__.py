@@ -1,4 +1,4 @@
-"""Memory-bound primitives: one folder each, with a reference, a fast CPU path and one public function."""
+"""Memory-bound primitives: a folder each, with a reference, a fast CPU path and one function."""
 
 if __name__ != "cmd_plugin.kernels":
     raise ImportError(

@@ -1,9 +1,8 @@
 """Many tensors seen as one flat vector, in place and block by block.
 
 The state of a method lives in flat arrays; the weights stay where they are. A :class:`FlatView` is
-the bridge: it walks the tensors
-in order, in blocks small enough to stay in cache, and hands out views wherever a block lies inside
-one tensor.
+the bridge: it walks the tensors in order, in blocks small enough to stay in cache, and hands out
+views wherever a block lies inside one tensor.
 """
 
 from __future__ import annotations
@@ -18,34 +17,39 @@ from cmd_plugin.errors import ShapeError
 __all__ = ["BLOCK", "FlatView"]
 
 # 256 Ki float32 values: large enough that the cost of launching an operation (some microseconds)
-# vanishes,
-# small enough that the two or three scratch vectors of a kernel stay in the last-level cache.
+# vanishes, small enough that the two or three scratch vectors of a kernel stay in the last-level
+# cache.
 BLOCK = 1 << 18
 
 _Piece = tuple[Tensor, int, int]
 
 
 class FlatView:
-    """A list of tensors addressed as one vector of ``numel`` values, in the given order, row-major inside each tensor.
+    """A list of tensors addressed as one vector, in the given order, row-major inside each tensor.
 
     Args:
         tensors: Floating tensors of any shape (0-dim ones too), all on one device. They are not
             copied; writing goes into them.
         block: Number of values in a block (the last one may be shorter); even.
+        dtype: float32 or float64, in which blocks are read; None takes float64 when every tensor is
+            float64, otherwise float32.
 
     Attributes:
         numel: Total number of values N.
         device: Device of all tensors.
-        dtype: float64 when every tensor is float64, otherwise float32: the dtype blocks are read
-            in.
+        dtype: Dtype blocks are read in.
 
     Raises:
         ShapeError: If there is no tensor, one is not floating, or the devices differ.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], block: int = BLOCK) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], block: int = BLOCK, dtype: torch.dtype | None = None
+    ) -> None:
         if not tensors:
             raise ShapeError("a flat view needs at least one tensor, got none.")
+        if block < 2 or block % 2:
+            raise ShapeError(f"block must be a positive even number of values, got {block!r}.")
         devices = {tensor.device for tensor in tensors}
         if len(devices) > 1:
             raise ShapeError(f"all weights must be on one device, got {sorted(map(str, devices))}.")
@@ -56,16 +60,11 @@ class FlatView:
         self._pointers = [tensor.data_ptr() for tensor in tensors]
         self.numel = sum(tensor.numel() for tensor in tensors)
         self.device = self._tensors[0].device
-        self.dtype = (
-            torch.float64
-            if all(tensor.dtype == torch.float64 for tensor in tensors)
-            else torch.float32
-        )
+        if dtype is None:
+            double = all(tensor.dtype == torch.float64 for tensor in tensors)
+            dtype = torch.float64 if double else torch.float32
+        self.dtype = dtype
         self.block = block
-        # Contiguous tensors are addressed through one cached flat view each; the others
-        # (channels-last weights) are
-        # flattened when they are touched, which costs a copy of that tensor.
-        self._flat = [t.view(-1) if t.is_contiguous() else None for t in self._tensors]
         self._pieces: list[list[_Piece]] = [[] for _ in range(-(-self.numel // block))]
         self._views: list[list[Tensor] | None] = []
         self._plan()
@@ -82,17 +81,16 @@ class FlatView:
                 high = min(end, (number + 1) * self.block)
                 self._pieces[number].append((tensor, low - starts[index], high - starts[index]))
                 low = high
-        flat_of = {id(t): flat for t, flat in zip(self._tensors, self._flat, strict=True)}
         for pieces in self._pieces:
             views = [
-                flat[a:b]
+                tensor.view(-1)[a:b]
                 for tensor, a, b in pieces
-                if (flat := flat_of[id(tensor)]) is not None and tensor.dtype == self.dtype
+                if tensor.is_contiguous() and tensor.dtype == self.dtype
             ]
             self._views.append(views if len(views) == len(pieces) else None)
 
     def is_current(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether this view still addresses exactly these tensors (same storage, in the same order)."""
+        """Whether this view still addresses these tensors: the same storage in the same order."""
         return len(tensors) == len(self._pointers) and all(
             tensor.data_ptr() == pointer
             for tensor, pointer in zip(tensors, self._pointers, strict=True)
@@ -109,7 +107,10 @@ class FlatView:
             yield number, start, min(self.numel, start + self.block)
 
     def read(self, number: int, scratch: Tensor) -> Tensor:
-        """Return the values of one block, [n], ``dtype``: a view of the weights if possible, else a copy in ``scratch``."""
+        """Return the values of one block, [n], ``dtype``.
+
+        They are a view of the weights if possible, else a copy in ``scratch``.
+        """
         views = self._views[number]
         if views is not None:
             if len(views) == 1:
@@ -118,51 +119,51 @@ class FlatView:
             return torch.cat(views, out=out)
         at = 0
         for tensor, a, b in self._pieces[number]:
-            scratch[at : at + b - a].copy_(tensor.reshape(-1)[a:b])
+            rows, skip = _rows(tensor, a, b)
+            scratch[at : at + b - a].copy_(rows.reshape(-1)[a - skip : b - skip])
             at += b - a
         return scratch[:at]
 
     def write(self, number: int, values: Tensor) -> None:
-        """Write [n] values into the tensors of one block, in place, rounding to each tensor's dtype."""
+        """Write [n] values into the tensors of a block, in place, rounding to their dtypes."""
         at = 0
         for tensor, a, b in self._pieces[number]:
             part = values[at : at + b - a]
             if tensor.is_contiguous():
                 tensor.view(-1)[a:b].copy_(part)
             else:
-                flat = tensor.reshape(-1)  # a copy, because the tensor is not contiguous
-                flat[a:b].copy_(part)
-                tensor.copy_(flat.view(tensor.shape))
+                rows, skip = _rows(tensor, a, b)
+                flat = rows.reshape(-1)  # usually a copy, because the tensor is not contiguous
+                flat[a - skip : b - skip].copy_(part)
+                rows.copy_(flat.view(rows.shape))
             at += b - a
 
     def gather(self, indices: Tensor) -> Tensor:
-        """Return the values at flat positions ``indices`` [K] int64 (CPU) as float64 [K] on the CPU."""
+        """Return the values at flat positions ``indices`` [K] int64, CPU, as float64 on the CPU."""
         out = torch.empty(indices.numel(), dtype=torch.float64)
-        owner = torch.searchsorted(self._starts, indices, right=True) - 1
-        for index in owner.unique().tolist():
-            chosen = owner == index
-            inside = (indices[chosen] - self._starts[index]).to(self.device)
-            flat = self._flat[index]
-            values = (self._tensors[index].reshape(-1) if flat is None else flat)[inside]
-            out[chosen] = values.double().cpu()
+        for tensor, chosen, where in self._located(indices):
+            out[chosen] = tensor[where].double().cpu()
         return out
 
     def put(self, indices: Tensor, values: Tensor) -> None:
-        """Write ``values`` [K] at flat positions ``indices`` [K] int64 (CPU), in place."""
+        """Write ``values`` [K] at flat positions ``indices`` [K] int64, CPU, in place."""
+        for tensor, chosen, where in self._located(indices):
+            tensor[where] = values[chosen].to(self.device, tensor.dtype)
+
+    def _located(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
+        """Yield each tensor that holds some of the positions, which ones [K] bool, and where."""
         owner = torch.searchsorted(self._starts, indices, right=True) - 1
-        for index in owner.unique().tolist():
-            chosen = owner == index
+        for index in sorted(set(owner.tolist())):
             tensor = self._tensors[index]
+            chosen = owner == index
             inside = (indices[chosen] - self._starts[index]).to(self.device)
-            where = torch.unravel_index(inside, tensor.shape) if tensor.ndim else ()
-            tensor[where] = (
-                values[chosen]
-                .to(self.device, tensor.dtype)
-                .reshape(inside.shape if tensor.ndim else ())
-            )
+            if tensor.is_contiguous():
+                yield tensor.view(-1), chosen, (inside,)
+            else:
+                yield tensor, chosen, torch.unravel_index(inside, tensor.shape)
 
     def count_non_finite(self) -> int:
-        """Return how many values are NaN or infinite; one streaming pass, no temporary of size N."""
+        """Return how many values are NaN or infinite, in one pass without a temporary of size N."""
         scratch = self.scratch()
         count = 0
         for number, _, _ in self.blocks():
@@ -172,3 +173,21 @@ class FlatView:
             if not torch.isfinite(values.sum()):
                 count += int((~torch.isfinite(values)).sum())
         return count
+
+    def first_non_finite(self) -> int | None:
+        """Return the flat position of the first NaN or infinite value, None if there is none."""
+        scratch = self.scratch()
+        for number, start, _ in self.blocks():
+            bad = (~torch.isfinite(self.read(number, scratch))).nonzero()
+            if len(bad):
+                return start + int(bad[0, 0])
+        return None
+
+
+def _rows(tensor: Tensor, a: int, b: int) -> tuple[Tensor, int]:
+    """Return the rows of a tensor that hold its values a..b, and the number of values before."""
+    if not tensor.ndim:
+        return tensor, 0
+    width = tensor.numel() // tensor.shape[0]
+    first = a // width
+    return tensor[first : -(-b // width)], first * width

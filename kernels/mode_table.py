@@ -1,4 +1,4 @@
-"""Look-up of a per-mode value for every weight, ``table[mode]``, without an index tensor of size N."""
+"""Look-up of a per-mode value for every weight, ``table[mode]``, without N indices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ class ModeTable:
     """A table of M values, indexed by bytes.
 
     On a CPU two neighbouring mode bytes are read as one 16-bit index into a table of value pairs:
-    it halves the number of
-    look-ups, which cost more than the arithmetic around them. The table of pairs has 256 M entries,
-    of which M^2 are read.
+    it halves the number of look-ups, which cost more than the arithmetic around them. The table of
+    pairs has 256 M entries, of which M^2 are read.
 
     Args:
         table: One value per mode, [M], M at most 256; float32 or float64.
@@ -37,7 +36,7 @@ class ModeTable:
     def lookup(self, mode: Tensor, out: Tensor) -> Tensor:
         """Fill ``out`` [n] with ``table[mode]`` for ``mode`` [n] uint8, and return it."""
         count = mode.numel()
-        if not self._paired or mode.data_ptr() % 2:
+        if not (self._paired and _pairs_up(mode) and _pairs_up(out)):
             return torch.index_select(self.table, 0, mode.to(torch.int32), out=out)
         even = count - count % 2
         if even:
@@ -47,3 +46,10 @@ class ModeTable:
         if count > even:
             out[even] = self.table[int(mode[even])]
         return out
+
+
+def _pairs_up(vector: Tensor) -> bool:
+    """Whether neighbours of a vector can be addressed as one value of twice the size."""
+    twice = 2 * vector.element_size()
+    aligned = int(vector.storage_offset()) % 2 == 0 and vector.data_ptr() % twice == 0
+    return aligned and vector.is_contiguous()

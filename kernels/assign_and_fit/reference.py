@@ -1,4 +1,4 @@
-"""The specification of :func:`cmd_plugin.kernels.assign_and_fit`: plain PyTorch, readable, float64 capable, O(T N) temporaries."""
+"""The specification of :func:`cmd_plugin.kernels.assign_and_fit`: plain float64 PyTorch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from torch import Tensor
 
 __all__ = ["UNIT_ROUNDOFF", "assign_and_fit"]
 
-# Unit roundoff u of the dtype the weights came in: a row that varies by less than a few u is
-# constant.
+# Unit roundoff u of the dtype the weights came in: a row that varies by a few u is constant.
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
     torch.float32: 2.0**-24,

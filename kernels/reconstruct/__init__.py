@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
+from cmd_plugin.kernels._checks import require_state
 from cmd_plugin.kernels.flat_view import BLOCK, FlatView
 from cmd_plugin.kernels.reconstruct._blocked import BlockReconstructor
 
@@ -21,11 +22,8 @@ def _reconstructor(
     total: Tensor | None,
     energy: Tensor | None,
 ) -> BlockReconstructor:
-    if not mode.shape == slope.shape == mean.shape:
-        raise ShapeError(
-            "mode, slope and mean must have one value per weight, got "
-            f"{tuple(mode.shape)}, {tuple(slope.shape)} and {tuple(mean.shape)}."
-        )
+    arrays = {"slope": slope, "mean": mean, "total": total}
+    require_state(mean.numel(), mean.dtype, mode, arrays, {"step": step, "energy": energy})
     if (total is None) != (energy is None):
         raise ShapeError("total and energy are given together or not at all.")
     return BlockReconstructor(mode, slope, mean, step, block, total, energy)
@@ -41,8 +39,11 @@ def reconstruct(
     energy: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Return the modelled weights :math:`\hat w_i = \bar w_i + \rho_i^2\, \sigma_i h_{m(i)}`
-    (without shrinking, :math:`\rho^2 = 1`).
+    r"""Return the modelled weights of one snapshot.
+
+    .. math:: \hat w_i = \bar w_i + \rho_i^2\, \sigma_i h_{m(i)}
+
+    Without shrinking :math:`\rho^2 = 1`.
 
     Args:
         mode: [N] uint8.
@@ -50,17 +51,20 @@ def reconstruct(
         mean: [N] :math:`\bar w`.
         step: [M] :math:`h_m`: the profile's value relative to its mean, in the unit of ``slope``.
         total: [N] sum of squared deviations of each weight; with ``energy`` it shrinks each
-            weight's movement by the squared
-            correlation with its profile, :math:`\rho_i^2 = \sigma_i^2 q_{m(i)} / V_i`, clamped to
-            [0, 1].
+            weight's movement by the squared correlation with its profile,
+            :math:`\rho_i^2 = \sigma_i^2 q_{m(i)} / V_i`, clamped to [0, 1].
         energy: [M] :math:`q_m`: the profile's sum of squares, in the unit of ``slope``.
-        out: [N] filled and returned when given.
+        out: [N] of the dtype of ``mean``, filled and returned when given.
 
     Raises:
-        ShapeError: If shapes do not fit.
+        ShapeError: If shapes or dtypes do not fit.
     """
     if out is None:
         out = torch.empty_like(mean)
+    if out.shape != mean.shape or out.dtype != mean.dtype:
+        raise ShapeError(
+            f"out must be {tuple(mean.shape)} {mean.dtype}, got {tuple(out.shape)} {out.dtype}."
+        )
     block = _reconstructor(mode, slope, mean, step, BLOCK, total, energy)
     for start in range(0, mean.numel(), BLOCK):
         stop = min(mean.numel(), start + BLOCK)
@@ -78,7 +82,17 @@ def reconstruct_into(
     total: Tensor | None = None,
     energy: Tensor | None = None,
 ) -> None:
-    """Write the modelled weights into ``weights``, in place, without a vector of size N; arguments as :func:`reconstruct`."""
+    """Write the modelled weights into ``weights``, in place, without a vector of size N.
+
+    Arguments as for :func:`reconstruct`.
+
+    Raises:
+        ShapeError: If shapes or dtypes do not fit.
+    """
+    if weights.numel != mean.numel() or weights.dtype != mean.dtype:
+        raise ShapeError(
+            f"mean must be [{weights.numel}] {weights.dtype}, got {tuple(mean.shape)} {mean.dtype}."
+        )
     block = _reconstructor(mode, slope, mean, step, weights.block, total, energy)
     values = weights.scratch()
     for number, start, stop in weights.blocks():

@@ -1,10 +1,10 @@
-"""Recursive least squares of every weight against its mode's profile: one new snapshot, in place."""
+"""Recursive least squares of every weight against its mode's profile, one snapshot at a time."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from cmd_plugin.errors import ShapeError
+from cmd_plugin.kernels._checks import require_state
 from cmd_plugin.kernels.flat_view import FlatView
 from cmd_plugin.kernels.update_affine import _blocked
 
@@ -31,11 +31,9 @@ def update_affine(
               \frac{d_m}{Z_m}\frac{\lambda n}{n'}
 
     :math:`\sigma_i Z_m` is the centred cross moment of weight and profile, so the least-squares
-    slope is
-    :math:`a_i = \sigma_i Z_m / S_m` with :math:`S_m` the profile's sum of squares. It is
-    algebraically the recursive least squares of
-    the paper's online CMD, in a form that needs one look-up per weight and accumulates no error in
-    the offset.
+    slope is :math:`a_i = \sigma_i Z_m / S_m` with :math:`S_m` the profile's sum of squares. It is
+    algebraically the recursive least squares of the paper's online CMD, in a form that needs one
+    look-up per weight and accumulates no error in the offset.
 
     Args:
         weights: The N weights of the new snapshot.
@@ -45,17 +43,16 @@ def update_affine(
         gain: [M] :math:`g`.
         blend: :math:`1/n'`.
         decay: :math:`\lambda` in (0, 1].
-        total: [N] sum of squared deviations, changed in place when given: ``total = decay total +
-            (1 - blend) e^2``.
+        total: [N] sum of squared deviations, changed in place when given:
+            ``total = decay total + (1 - blend) e^2``.
 
     Returns:
         The sum of e^2 over all weights: times ``1 - blend`` it is what the snapshot adds to the
         total sum of squares.
 
     Raises:
-        ShapeError: If a state vector does not have N values.
+        ShapeError: If a state vector does not have N values in the dtype of ``weights``.
     """
-    for name, array in (("mode", mode), ("slope", slope), ("mean", mean), ("total", total)):
-        if array is not None and array.shape != (weights.numel,):
-            raise ShapeError(f"{name} must be [{weights.numel}], got {tuple(array.shape)}.")
+    arrays = {"slope": slope, "mean": mean, "total": total}
+    require_state(weights.numel, weights.dtype, mode, arrays, {"gain": gain})
     return _blocked.update_affine(weights, mode, slope, mean, gain, blend, decay, total)

@@ -1,4 +1,4 @@
-"""Cache-blocked PyTorch path of ``update_affine``: 13 bytes read and 8 written per weight, scratch of one block."""
+"""Cache-blocked PyTorch path of ``update_affine``: 13 bytes read and 8 written per weight."""
 
 from __future__ import annotations
 
