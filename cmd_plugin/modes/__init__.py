@@ -1,4 +1,4 @@
-"""Correlation Mode Decomposition: cluster weight trajectories into modes, model every weight by its mode, online or post hoc."""
+"""Correlation Mode Decomposition: model every weight of a run by one of a few modes."""
 
 from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.layout import Layout

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.modes.layout import clean_name
+from cmd_plugin.modes.layout import by_clean_name
 
 __all__ = ["SUFFIXES", "find_checkpoints", "read_checkpoint", "readable_checkpoints"]
 
@@ -27,15 +27,15 @@ _KEYS = ("current_model_state", "state_dict", "model_state_dict", "model")
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:
     return [
-        (0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path.name)
+        (0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", path.name)
     ]
 
 
 def find_checkpoints(inputs: Sequence[str | Path]) -> list[Path]:
-    """Return the checkpoint files among files and folders, in natural order of names ("epoch=9" before "epoch=10").
+    """Return the checkpoint files among files and folders, a folder's in natural order of names.
 
-    A run's folder may hold them in ``checkpoints/``. ``last*`` files are copies of another epoch
-    and left out where others exist.
+    That is "epoch=9" before "epoch=10". A run's folder may hold them in ``checkpoints/``. ``last*``
+    files are copies of another epoch and left out where others exist.
 
     Raises:
         InputError: If a path does not exist or a folder has no checkpoint.
@@ -104,11 +104,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int | None]:
             if isinstance(data.get(key), Mapping):
                 data = data[key]
                 break
-    tensors = (
-        {clean_name(str(name)): t for name, t in data.items() if isinstance(t, Tensor)}
-        if isinstance(data, Mapping)
-        else {}
-    )
+    tensors = by_clean_name(data.items()) if isinstance(data, Mapping) else {}
     if not any(t.is_floating_point() for t in tensors.values()):
         raise InputError(f"{path} holds no weights: expected a state_dict or a checkpoint.")
     return tensors, epoch
@@ -123,12 +119,14 @@ def _epoch(path: Path, data: object) -> int | None:
 
 def readable_checkpoints(files: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """Return the files that can be read, and one sentence about each that cannot."""
-    good, problems = [], []
-    for file in files:
-        try:
-            read_checkpoint(file)
-        except InputError as error:
-            problems.append(str(error))
-        else:
-            good.append(file)
-    return good, problems
+    problems = {file: _problem(file) for file in files}
+    good = [file for file, problem in problems.items() if problem is None]
+    return good, [problem for problem in problems.values() if problem is not None]
+
+
+def _problem(file: Path) -> str | None:
+    try:
+        read_checkpoint(file)
+    except InputError as error:
+        return str(error)
+    return None

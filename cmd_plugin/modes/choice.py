@@ -1,4 +1,4 @@
-"""From sampled trajectories to modes: drop the constant ones, cluster, pick references, define each mode's profile."""
+"""From sampled trajectories to modes: drop constant ones, cluster, pick references, profiles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from cmd_plugin.modes.clustering import (
     correlation_matrix,
 )
 
-__all__ = ["MAX_MODES", "PROFILES", "ModeChoice", "check_modes", "choose_modes", "moving_rows"]
+__all__ = [
+    "MAX_MODES",
+    "PROFILES",
+    "ModeChoice",
+    "check_modes",
+    "check_profile",
+    "choose_modes",
+    "moving_rows",
+]
 
 MAX_MODES = 256  # a mode is stored in one byte
 PROFILES = ("reference", "mean")
@@ -27,9 +35,17 @@ def check_modes(modes: int) -> None:
         raise InputError(f"modes must be a whole number from 1 to {MAX_MODES}, got {modes!r}.")
 
 
+def check_profile(profile: str) -> None:
+    """Raise InputError unless ``profile`` is one of :data:`PROFILES`."""
+    if profile not in PROFILES:
+        raise InputError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}.")
+
+
 @dataclass(frozen=True)
 class ModeChoice:
-    """Modes as found on the sampled weights; a mode's profile is a weighted sum of weights, so it can be followed online.
+    """Modes as found on the sampled weights.
+
+    A mode's profile is a weighted sum of weights, so it can be followed online.
 
     Attributes:
         references: [M] int64 flat index of each mode's reference weight.
@@ -63,12 +79,14 @@ def moving_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return which trajectories [K, T] float64 move, [K] bool.
 
     A row is constant when its squared deviations sum to at most ``T (4 u |mean|)^2``, u the unit
-    roundoff of ``dtype``: rounding of
-    a constant in ``dtype`` can do that. (For such a row the mean is its largest magnitude.)
+    roundoff of ``dtype``: rounding of a constant in ``dtype`` can do that. (For such a row the mean
+    is its largest magnitude.) So is a row whose squares a float32 could not hold: as a reference it
+    would ask for infinite scales.
     """
     mean = rows.mean(dim=1)
     total = (rows - mean[:, None]).square().sum(dim=1)
-    return total > rows.shape[1] * (4 * UNIT_ROUNDOFF[dtype] * mean).square()
+    floor = rows.shape[1] * (4 * UNIT_ROUNDOFF[dtype] * mean).square()
+    return total > floor.clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def choose_modes(
@@ -77,25 +95,22 @@ def choose_modes(
     """Find at most ``modes`` modes among the sampled trajectories.
 
     Constant rows are dropped before clustering: they would form a mode of their own, or correlate
-    by rounding. With fewer moving rows
-    than ``modes`` there are that many modes; with none, none.
+    by rounding. With fewer moving rows than ``modes`` there are that many modes; with none, none.
 
     Args:
         rows: [K, T] float64 trajectories of the sampled weights.
         samples: [K] int64 their flat indices.
         modes: Largest number of modes.
         profile: ``"reference"`` follows the reference weight (the paper). ``"mean"`` follows the
-            mean of the mode's sampled
-            weights, each centred, scaled to the reference's standard deviation and turned to its
-            sign (beyond the paper; signs and
-            scales are frozen at the fit).
+            mean of the mode's sampled weights, each centred, scaled to the reference's standard
+            deviation and turned to its sign (beyond the paper; signs and scales are frozen at the
+            fit).
         dtype: Dtype the weights came in, for the test of constancy.
 
     Raises:
         InputError: If ``profile`` is unknown.
     """
-    if profile not in PROFILES:
-        raise InputError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}.")
+    check_profile(profile)
     moving = moving_rows(rows, dtype)
     rows, samples = rows[moving], samples[moving]
     if not samples.numel():

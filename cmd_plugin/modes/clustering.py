@@ -28,19 +28,20 @@ def correlation_matrix(rows: Tensor) -> Tensor:
     """
     centred = rows.double() - rows.double().mean(dim=1, keepdim=True)
     unit = centred / centred.norm(dim=1, keepdim=True)
-    correlation = (unit @ unit.T).abs_().clamp_(max=1.0)
-    correlation.fill_diagonal_(1.0)
-    return correlation
+    correlation: Tensor = (unit @ unit.T).abs_().clamp_(max=1.0)
+    return correlation.fill_diagonal_(1.0)
 
 
 def row_distances(correlation: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Return the Euclidean distances between rows of C, in scipy's condensed order, [K (K-1) / 2] float64.
+    """Return the Euclidean distances between rows of C, in scipy's condensed order.
 
     The distance is of second order: two weights are close when they correlate alike with all
-    others. Computed from the Gram matrix,
-    D^2 = G_pp + G_qq - 2 G_pq, a block of rows at a time and only above the diagonal: K^3
-    multiply-adds in matrix products instead of
-    K^2/2 passes over K coordinates, and no second matrix of size K^2.
+    others. Computed from the Gram matrix, D^2 = G_pp + G_qq - 2 G_pq, a block of rows at a time and
+    only above the diagonal: K^3 multiply-adds in matrix products instead of K^2/2 passes over K
+    coordinates, and no second matrix of size K^2.
+
+    Returns:
+        [K (K-1) / 2] float64.
     """
     count = correlation.shape[0]
     squares = correlation.square().sum(dim=1)
@@ -62,8 +63,7 @@ def cluster_correlations(correlation: Tensor, modes: int) -> Tensor:
     """Cluster the rows of C into at most ``modes`` groups, [K] int64; group 0 is the largest.
 
     Complete linkage on :func:`row_distances`, cut by scipy's ``maxclust``: ties can give fewer
-    groups. Groups of equal size are
-    ordered by their first member.
+    groups. Groups of equal size are ordered by their first member.
     """
     count = correlation.shape[0]
     if count == 1 or modes == 1:
@@ -81,9 +81,12 @@ def cluster_correlations(correlation: Tensor, modes: int) -> Tensor:
 
 
 def choose_references(correlation: Tensor, labels: Tensor) -> Tensor:
-    """Return for each cluster the member of highest mean |correlation| with its cluster (itself included), [M] int64.
+    """Return for each cluster the member of highest mean |correlation| with the whole cluster.
 
-    The first of equals wins.
+    The member itself is included, and the first of equals wins.
+
+    Returns:
+        [M] int64, rows of C.
     """
     clusters = int(labels.max()) + 1
     membership = torch.nn.functional.one_hot(labels, clusters).double()

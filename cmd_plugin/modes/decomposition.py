@@ -1,4 +1,4 @@
-"""The result of Correlation Mode Decomposition: a whole training history as M profiles and nine bytes a weight."""
+"""A whole training history as the profiles of M modes and nine bytes a weight."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ SCHEMA = "cmd-plugin/modes/1"
 
 @dataclass(frozen=True)
 class Decomposition:
-    r"""Weights modelled as :math:`w_i(t) \approx a_i\, r_{m(i)}(t) + b_i` (Brokman et al., ICLR
-    2024, Eq. 2).
+    r"""The result of Correlation Mode Decomposition (Brokman et al., ICLR 2024, Eq. 2).
+
+    .. math:: w_i(t) \approx a_i\, r_{m(i)}(t) + b_i
 
     Attributes:
         layout: Names and shapes behind the flat vector of N weights.
@@ -35,8 +36,7 @@ class Decomposition:
         assignment: [N] uint8 mode m(i) of each weight.
         scale: [N] slope :math:`a_i`.
         mean: [N] mean of each weight over the snapshots. Kept instead of the offset, which cancels
-            against ``scale * profile`` when
-            a reference is large against its movement.
+            against ``scale * profile`` when a reference is large against its movement.
         profiles: [M, T] float64 trajectories of the modes.
         profile_mean: [M] float64 mean of each profile over all snapshots that were fitted.
         total: Sum of squared deviations from the mean, over all weights and snapshots.
@@ -46,8 +46,7 @@ class Decomposition:
         layer_explained: [L] float64 likewise.
         epochs: T labels of the snapshots.
         unmodelled: Entries of the last snapshot that are not modelled (integer buffers, excluded
-            tensors), for
-            :meth:`state_dict_at`.
+            tensors), by cleaned name, for :meth:`state_dict_at`.
     """
 
     layout: Layout
@@ -88,9 +87,12 @@ class Decomposition:
         return reconstruct(self.assignment, self.scale, self.mean, -self.profile_mean)
 
     def reconstruct(self, t: int) -> Tensor:
-        """Return the modelled weights of snapshot ``t`` (0-based, negative from the end), [N] in the state's dtype.
+        """Return the modelled weights of one snapshot, [N] in the state's dtype.
 
-        Reference weights of unshrunk modes are exact. A BatchNorm variance is never negative.
+        A weight that is its mode's profile is exact. A BatchNorm variance is never negative.
+
+        Args:
+            t: 0-based index of the snapshot; negative counts from the end.
 
         Raises:
             InputError: If there is no such snapshot.
@@ -101,9 +103,21 @@ class Decomposition:
             return self.mean.clone()
         step = self.profiles[:, t] - self.profile_mean
         weights = reconstruct(self.assignment, self.scale, self.mean, step)
+        exact = self._profile_modes
+        weights[self.references[exact].to(weights.device)] = self.profiles[exact, t].to(
+            weights.device, weights.dtype
+        )
         for variance in self.layout.variances():
             weights[variance].clamp_(min=0.0)
         return weights
+
+    @cached_property
+    def _profile_modes(self) -> Tensor:
+        """[M] bool: the modes whose profile is their reference weight itself."""
+        at = self.references.to(self.scale.device)
+        own = self.assignment[at].cpu() == torch.arange(self.number_of_modes)
+        mean = self.profile_mean.to(self.mean.dtype)
+        return own & (self.scale[at] == 1).cpu() & (self.mean[at].cpu() == mean)
 
     def snapshot_of(self, epoch: int) -> int:
         """Return the index t of the snapshot labelled ``epoch``; InputError if there is none."""
@@ -115,9 +129,10 @@ class Decomposition:
         return list(self.epochs).index(epoch)
 
     def state_dict_at(self, t: int) -> dict[str, Tensor]:
-        """Return the modelled state_dict of snapshot ``t``, in the tensors' own shapes and dtypes, aliases of tied weights included.
+        """Return the modelled state_dict of snapshot ``t``, in the tensors' shapes and dtypes.
 
-        Entries that are not modelled are those of the last snapshot.
+        It has all names of tied weights. Entries that are not modelled are those of the last
+        snapshot.
         """
         tensors = {
             name: value.to(getattr(torch, dtype))
@@ -126,11 +141,11 @@ class Decomposition:
             )
         }
         tensors.update({alias: tensors[name] for alias, name in self.layout.aliases.items()})
-        return {**tensors, **self.unmodelled}
+        return {**tensors, **{name: value.clone() for name, value in self.unmodelled.items()}}
 
     def explained_variance(self) -> float:
-        """Return the share of all movement the model explains, at most 1 (nan when nothing moves)."""
-        return self.explained / self.total if self.total > 0 else float("nan")
+        """Return the share of all movement the model explains, at most 1; nan if nothing moves."""
+        return min(1.0, self.explained / self.total) if self.total > 0 else float("nan")
 
     def explained_variance_by_layer(self) -> dict[str, float]:
         """Return the explained share of each tensor's movement, nan where a tensor does not move.
@@ -143,7 +158,7 @@ class Decomposition:
             raise PluginError(
                 "explained variance by layer is known after decompose(), not for an online run."
             )
-        shares = self.layer_explained / self.layer_total
+        shares = (self.layer_explained / self.layer_total).clamp_(max=1.0)
         return dict(zip(self.layout.names, shares.tolist(), strict=True))
 
     def mode_share_by_layer(self) -> Tensor:
@@ -178,7 +193,7 @@ class Decomposition:
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write the decomposition as safetensors, with its layout and schema version in the metadata."""
+        """Write a safetensors file, with layout and schema version in its metadata."""
         metadata = {
             "schema": SCHEMA,
             "layout": self.layout.to_json(),
@@ -207,17 +222,40 @@ class Decomposition:
                 f"{path} is not a decomposition of this version (schema "
                 f"{metadata.get('schema')!r}, expected {SCHEMA!r})."
             )
-        total, explained = json.loads(metadata["sums"])
         prefix = "unmodelled/"
-        return cls(
-            layout=Layout.from_json(metadata["layout"]),
-            total=total,
-            explained=explained,
-            epochs=tensors.pop("epochs").tolist(),
-            unmodelled={
-                name.removeprefix(prefix): tensors.pop(name)
-                for name in list(tensors)
-                if name.startswith(prefix)
-            },
-            **tensors,
-        )
+        try:
+            total, explained = json.loads(metadata["sums"])
+            decomposition = cls(
+                layout=Layout.from_json(metadata["layout"]),
+                total=total,
+                explained=explained,
+                epochs=tensors.pop("epochs").tolist(),
+                unmodelled={
+                    name.removeprefix(prefix): tensors.pop(name)
+                    for name in list(tensors)
+                    if name.startswith(prefix)
+                },
+                **tensors,
+            )
+            decomposition._require_sound()
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} is damaged: its parts do not make a decomposition ({error})."
+            ) from error
+        return decomposition
+
+    def _require_sound(self) -> None:
+        """Raise ValueError unless all shapes fit together."""
+        numel, modes = self.numel, self.number_of_modes
+        shapes = {
+            "assignment": (self.assignment, (numel,)),
+            "scale": (self.scale, (numel,)),
+            "mean": (self.mean, (numel,)),
+            "profiles": (self.profiles, (modes, len(self.epochs) or self.snapshots)),
+            "profile_mean": (self.profile_mean, (modes,)),
+        }
+        for name, (tensor, shape) in shapes.items():
+            if tensor.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if int(self.assignment.max()) >= max(1, modes):
+            raise ValueError(f"a weight is in mode {int(self.assignment.max())} of {modes}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,24 @@ from torch.optim.swa_utils import update_bn
 
 from cmd_plugin.errors import InputError
 
-__all__ = ["keep_tensors", "recalibrated"]
+__all__ = ["keep_tensors", "recalibrated", "statistics_of"]
+
+
+def statistics_of(model: nn.Module) -> list[Tensor]:
+    """Return the buffers of all normalisation layers that keep running statistics."""
+    return [
+        buffer
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for buffer in module.buffers(recurse=False)
+    ]
 
 
 @contextmanager
 def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore the values of tensors on exit, bit for bit and in place, also when the body raises."""
-    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    """Restore the values of tensors on exit, bit for bit, in place, also when the body raises."""
+    distinct = {id(tensor): tensor for tensor in tensors}.values()
+    kept = [(tensor, tensor.detach().clone()) for tensor in distinct]
     try:
         yield
     finally:
@@ -28,12 +39,17 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def recalibrated(model: nn.Module, batches: Iterable[object] | None) -> Iterator[None]:
-    """Re-estimate BatchNorm's running statistics from ``batches`` for the weights the model has now; restore them on exit.
+    """Re-estimate BatchNorm's running statistics for the weights the model has now.
 
-    The global random generators are left as they were. Without BatchNorm layers nothing happens.
+    They are restored on exit. Training flags, momenta, all other buffers and the global random
+    generators are left as they were. Without BatchNorm layers nothing happens.
+
+    Args:
+        model: The model.
+        batches: Input batches; of a list or tuple the first entry is the input.
 
     Raises:
-        InputError: If the model has BatchNorm layers but no batches are given.
+        InputError: If the model has BatchNorm layers but there are no batches.
     """
     layers = [
         layer
@@ -47,14 +63,40 @@ def recalibrated(model: nn.Module, batches: Iterable[object] | None) -> Iterator
         raise InputError(
             "buffers='recalibrate' needs recalibrate=batches (an iterable of input batches)."
         )
+    with keep_tensors(buffer for layer in layers for buffer in layer.buffers()):
+        _estimate(model, layers, batches)
+        yield
+
+
+def _estimate(
+    model: nn.Module, layers: list[nn.modules.batchnorm._BatchNorm], batches: Iterable[object]
+) -> None:
+    """Fill the running statistics; nothing else of the model is changed, also on an error."""
     parameter = next(model.parameters(), None)
     device = None if parameter is None else parameter.device
     cuda = [device] if device is not None and device.type == "cuda" else []
     training = {module: module.training for module in model.modules()}
-    with keep_tensors(buffer for layer in layers for buffer in layer.buffers()):
-        with torch.random.fork_rng(devices=cuda) if cuda else torch.random.fork_rng(devices=[]):
-            update_bn(batches, model, device)
+    momenta = {layer: layer.momentum for layer in layers}
+    own = {id(buffer) for layer in layers for buffer in layer.buffers()}
+    others = [buffer for buffer in model.buffers() if id(buffer) not in own]
+    seen = 0
+
+    def counted() -> Iterator[object]:
+        nonlocal seen
+        for batch in batches:
+            seen += 1
+            yield batch
+
+    try:
+        with keep_tensors(others), torch.random.fork_rng(devices=cuda):
+            update_bn(counted(), model, device)
+    finally:
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum
         for module, mode in training.items():
             module.training = mode
-        with nullcontext():
-            yield
+    if not seen:
+        raise InputError(
+            "recalibrate gave no batch, so BatchNorm's statistics would be lost: give a list, not "
+            "an iterator that is used up."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, ShapeError, StateMismatch
 
-__all__ = ["BUFFER_POLICIES", "Layout", "clean_name", "named_weights"]
+__all__ = [
+    "BUFFER_POLICIES",
+    "Layout",
+    "by_clean_name",
+    "check_buffers",
+    "clean_name",
+    "find_weights",
+    "named_weights",
+]
 
 BUFFER_POLICIES = ("model", "recalibrate", "keep")
 
@@ -26,11 +35,31 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 def clean_name(name: str) -> str:
-    """Strip the prefixes of ``torch.compile`` and ``DistributedDataParallel`` from a parameter's name."""
+    """Strip the prefixes of ``torch.compile`` and ``DistributedDataParallel`` from a name."""
     parts = name.split(".")
     while len(parts) > 1 and f"{parts[0]}." in _WRAPPERS:
         parts = parts[1:]
     return ".".join(part for part in parts if part != "_orig_mod")
+
+
+def by_clean_name(entries: Iterable[tuple[str, object]]) -> dict[str, Tensor]:
+    """Return the tensors among named things by cleaned name.
+
+    Raises:
+        InputError: If two different tensors have the same cleaned name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for raw_name, tensor in entries:
+        name = clean_name(str(raw_name))
+        if not isinstance(tensor, Tensor):
+            continue
+        if name in tensors and tensors[name].data_ptr() != tensor.data_ptr():
+            raise InputError(
+                f"two tensors are called {name!r} once the prefixes of torch.compile and "
+                "DistributedDataParallel are gone: rename one."
+            )
+        tensors[name] = tensor
+    return tensors
 
 
 def _is_statistic(name: str) -> bool:
@@ -79,6 +108,11 @@ class Layout:
         text = json.dumps([self.names, self.shapes])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def locate(self, position: int) -> tuple[str, int]:
+        """Return the tensor that holds a flat position, and the position inside it."""
+        index = bisect_right(self.offsets, position) - 1
+        return self.names[index], position - self.offsets[index]
+
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Return views of a flat vector [N] by name, in the tensors' shapes."""
         if flat.shape != (self.numel,):
@@ -91,7 +125,7 @@ class Layout:
         }
 
     def variances(self) -> list[slice]:
-        """Flat positions of BatchNorm's running variances, which a modelled value must not make negative."""
+        """Flat positions of BatchNorm's running variances: no modelled one may be negative."""
         return [
             slice(start, start + size)
             for name, start, size in zip(self.names, self.offsets, self.sizes, strict=True)
@@ -99,7 +133,7 @@ class Layout:
         ]
 
     def require_same(self, other: Layout, what: str) -> None:
-        """Raise StateMismatch with the first difference when ``other`` has other names or shapes."""
+        """Raise StateMismatch, naming a difference, if ``other`` has other names or shapes."""
         if self.fingerprint == other.fingerprint:
             return
         mine, theirs = (dict(zip(x.names, x.shapes, strict=True)) for x in (self, other))
@@ -166,6 +200,12 @@ class Layout:
         return cls.of_tensors(*named_weights(model, include, exclude, buffers))
 
 
+def check_buffers(buffers: str) -> None:
+    """Raise InputError unless ``buffers`` is one of :data:`BUFFER_POLICIES`."""
+    if buffers not in BUFFER_POLICIES:
+        raise InputError(f"buffers must be one of {', '.join(BUFFER_POLICIES)}, got {buffers!r}.")
+
+
 def named_weights(
     source: nn.Module | Mapping[str, Tensor],
     include: Sequence[str] = (),
@@ -175,10 +215,9 @@ def named_weights(
     """Select the tensors to model, by cleaned name, and the aliases of tied ones.
 
     From a model: floating parameters with ``requires_grad``, each once, then BatchNorm's running
-    statistics when ``buffers`` is
-    ``"model"`` (the authors' code models them; leaving the raw run's costs accuracy). From a
-    state_dict, which does not say what
-    is a parameter: every floating entry, running statistics by the same policy, tied entries once.
+    statistics when ``buffers`` is ``"model"`` (the authors' code models them; leaving the raw run's
+    costs accuracy). From a state_dict, which does not say what is a parameter: every floating
+    entry, running statistics by the same policy, tied entries once.
 
     Args:
         source: Model or state_dict.
@@ -188,24 +227,27 @@ def named_weights(
             statistics.
 
     Raises:
-        InputError: If the policy is unknown or nothing is selected.
+        InputError: If the policy is unknown, nothing is selected, or two tensors have the same
+            cleaned name.
     """
-    if buffers not in BUFFER_POLICIES:
-        raise InputError(f"buffers must be one of {', '.join(BUFFER_POLICIES)}, got {buffers!r}.")
+    check_buffers(buffers)
     if isinstance(source, nn.Module):
         tied = list(source.named_parameters(remove_duplicate=False))
-        candidates: Iterable[tuple[str, Tensor]] = [
+        candidates: Iterable[tuple[str, object]] = [
             *((name, p) for name, p in tied if p.requires_grad),
-            *((name, b) for name, b in source.named_buffers() if _is_statistic(name)),
+            *(
+                (name, b)
+                for name, b in source.named_buffers(remove_duplicate=False)
+                if _is_statistic(name)
+            ),
         ]
     else:
         candidates = source.items()
     chosen: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
-    for raw_name, tensor in candidates:
-        name = clean_name(raw_name)
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.numel():
+    for name, tensor in by_clean_name(candidates).items():
+        if not tensor.is_floating_point() or not tensor.numel():
             continue
         if _is_statistic(name) and buffers != "model":
             continue
@@ -225,3 +267,35 @@ def named_weights(
             f"exclude={list(exclude)}): widen the patterns or unfreeze parameters."
         )
     return chosen, aliases
+
+
+def find_weights(
+    layout: Layout, source: nn.Module | Mapping[str, Tensor], what: str
+) -> dict[str, Tensor]:
+    """Return the tensors of a layout, by name, out of a model or a state_dict.
+
+    Whether a parameter is trained at the moment does not matter: one that was frozen in the middle
+    of a run is still followed.
+
+    Args:
+        layout: Layout to fill.
+        source: Where the tensors are; it may hold others.
+        what: Name of the source for error messages.
+
+    Raises:
+        StateMismatch: If a tensor is missing or has another shape.
+    """
+    if isinstance(source, nn.Module):
+        entries: Iterable[tuple[str, object]] = [
+            *source.named_parameters(remove_duplicate=False),
+            *source.named_buffers(remove_duplicate=False),
+        ]
+    else:
+        entries = source.items()
+    found = by_clean_name(entries)
+    for alias, name in layout.aliases.items():  # of tied tensors a file may hold any one name
+        if name not in found and alias in found:
+            found[name] = found[alias]
+    chosen = {name: found[name] for name in layout.names if name in found}
+    layout.require_same(Layout.of_tensors(chosen), what)
+    return chosen

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
 from cmd_plugin.kernels import FlatView
+from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
 from cmd_plugin.modes.checkpoints import find_checkpoints, read_checkpoint
-from cmd_plugin.modes.choice import check_modes, choose_modes, moving_rows
+from cmd_plugin.modes.choice import check_modes, check_profile, choose_modes, moving_rows
 from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.fit import explained_by_layer, fit_modes, sum_of_squares, total_by_layer
-from cmd_plugin.modes.layout import Layout, named_weights
+from cmd_plugin.modes.layout import Layout, by_clean_name, check_buffers, named_weights
 from cmd_plugin.modes.sampling import sample_weights
-from cmd_plugin.modes.store import TrajectoryStore
+from cmd_plugin.modes.source import find_non_finite
+from cmd_plugin.modes.store import TrajectoryStore, check_storage
 
 __all__ = ["decompose"]
 
@@ -38,13 +40,14 @@ def decompose(
     shrink: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decomposition:
-    """Decompose the history of a network's weights into correlated modes (post-hoc CMD, Brokman et al., ICLR 2024, section 3.1).
+    """Decompose the history of a network's weights into correlated modes.
+
+    This is the paper's post-hoc CMD (Brokman et al., ICLR 2024, section 3.1).
 
     Args:
         trajectory: A [T, N] floating tensor of flattened weights over T snapshots; or T
-            state_dicts; or T checkpoint files, or a folder
-            of them (Lightning ``.ckpt``, ``.pt``, ``.pth``, ``.bin``, ``.safetensors``; read one at
-            a time, in natural order of names).
+            state_dicts; or T checkpoint files, or a folder of them (Lightning ``.ckpt``, ``.pt``,
+            ``.pth``, ``.bin``, ``.safetensors``; read one at a time, in natural order of names).
         modes: Largest number of modes M, 1..256.
         samples: Number K of weights whose trajectories are clustered.
         seed: Seed of the draw of the samples.
@@ -64,12 +67,15 @@ def decompose(
         The decomposition. When no weight moves it has no mode and every weight is its mean.
 
     Raises:
-        InputError: If there are fewer than 3 snapshots, fewer moving samples than modes, or a file
-            cannot be read.
+        InputError: If there are fewer than 3 snapshots, fewer moving samples than modes, an
+            argument is out of range, or a file cannot be read.
         NonFiniteError: If a snapshot holds NaN or infinite values; names the snapshot.
         StateMismatch: If a snapshot has other tensors than the first; names it.
     """
     check_modes(modes)
+    check_storage(storage)
+    check_buffers(buffers)
+    check_profile(profile)
     epochs: list[int] | None = None
     unmodelled: dict[str, Tensor] = {}
     base: Tensor | None = None
@@ -123,21 +129,22 @@ def decompose(
 
 
 def rows_of(members: Tensor, samples: Tensor, rows: Tensor) -> Tensor:
-    """Return the rows [P, T] of ``members`` [P], a subset of ``samples`` [K], from ``rows`` [K, T]."""
+    """Return the rows [P, T] of ``members`` [P], some of the ``samples`` [K] of ``rows`` [K, T]."""
     order = samples.argsort()
     return rows[order[torch.searchsorted(samples[order], members)]]
 
 
 def _check_tensor(trajectory: Tensor) -> Layout:
-    if trajectory.ndim != 2 or not trajectory.is_floating_point() or not trajectory.shape[1]:
+    if trajectory.ndim != 2 or trajectory.dtype not in UNIT_ROUNDOFF or not trajectory.shape[1]:
         raise ShapeError(
-            "trajectory must be a floating [T, N] tensor (snapshots by weights), got "
-            f"shape {tuple(trajectory.shape)} of {trajectory.dtype}."
+            "trajectory must be a [T, N] tensor (snapshots by weights) of float64, float32, "
+            f"float16 or bfloat16, got shape {tuple(trajectory.shape)} of {trajectory.dtype}."
         )
     _require_three(trajectory.shape[0])
+    layout = Layout.of_vector(trajectory.shape[1], trajectory.dtype)
     for t, snapshot in enumerate(trajectory.detach()):
-        _require_finite(FlatView([snapshot]), f"snapshot {t} of the trajectory")
-    return Layout.of_vector(trajectory.shape[1], trajectory.dtype)
+        _require_finite(FlatView([snapshot]), layout, f"snapshot {t} of the trajectory")
+    return layout
 
 
 def _require_three(count: int) -> None:
@@ -148,12 +155,12 @@ def _require_three(count: int) -> None:
         )
 
 
-def _require_finite(view: FlatView, what: str) -> None:
-    bad = view.count_non_finite()
+def _require_finite(view: FlatView, layout: Layout, what: str) -> None:
+    bad, where = find_non_finite(view, layout)
     if bad:
         raise NonFiniteError(
-            f"{what} holds {bad} NaN or infinite values among {view.numel}: leave it out, or "
-            "decompose the epochs before the training diverged."
+            f"{what} holds {bad} NaN or infinite values among {view.numel}, {where}: leave it out, "
+            "or decompose the epochs before the training diverged."
         )
 
 
@@ -168,18 +175,22 @@ def _require_moving(found: int, rows: Tensor, modes: int, dtype: torch.dtype) ->
 
 def _sources(
     trajectory: str | Path | Sequence[StateDict] | Sequence[str | Path],
-) -> Sequence[StateDict] | Sequence[Path]:
+) -> Sequence[StateDict | Path]:
     if isinstance(trajectory, str | Path):
         return find_checkpoints([trajectory])
-    if all(isinstance(item, str | Path) for item in trajectory):
-        return [Path(item) for item in trajectory]  # type: ignore[arg-type]
-    if all(isinstance(item, Mapping) for item in trajectory):
-        return trajectory  # type: ignore[return-value]
-    raise InputError("trajectory must be a [T, N] tensor, state_dicts, or paths; not a mixture.")
+    if isinstance(trajectory, Sequence):
+        if all(isinstance(item, str | Path) for item in trajectory):
+            return [Path(item) for item in trajectory]  # type: ignore[arg-type]
+        if all(isinstance(item, Mapping) for item in trajectory):
+            return trajectory  # type: ignore[return-value]
+    raise InputError(
+        "trajectory must be a [T, N] tensor, or a list of state_dicts or of paths (not a mixture), "
+        f"got {type(trajectory).__name__}."
+    )
 
 
 def _read_all(
-    sources: Sequence[StateDict] | Sequence[Path],
+    sources: Sequence[StateDict | Path],
     samples: int,
     seed: int,
     storage: str,
@@ -193,37 +204,39 @@ def _read_all(
     layout: Layout | None = None
     unmodelled: dict[str, Tensor] = {}
     for t, source in enumerate(sources):
-        if isinstance(source, Path):
-            state, epoch = read_checkpoint(source)
-            what = str(source)
-        else:
-            state, epoch, what = dict(source), None, f"state_dict {t}"
+        state, epoch, what = _snapshot(source, t)
         tensors, aliases = named_weights(state, *selection)
-        found = Layout.of_tensors(tensors, aliases)
-        view = FlatView(list(tensors.values()))
         if layout is None or store is None:
-            layout = found
+            layout = Layout.of_tensors(tensors, aliases)
             chosen = sample_weights(layout.sizes, samples, seed)
-            store = TrajectoryStore(layout.numel, len(sources), storage, chosen, view.dtype)
-        layout.require_same(found, what)
-        _require_finite(view, what)
+            store = TrajectoryStore(layout.numel, len(sources), storage, chosen, layout.state_dtype)
+        if tensors.keys() == set(layout.names):  # the order of entries says nothing
+            tensors = {name: tensors[name] for name in layout.names}
+        layout.require_same(Layout.of_tensors(tensors), what)
+        view = FlatView(list(tensors.values()), dtype=layout.state_dtype)
+        _require_finite(view, layout, what)
         store.append(view, view.gather(store.samples))
         epochs.append(t if epoch is None else epoch)
         if t == len(sources) - 1:
-            known = {*tensors, *aliases}
             unmodelled = {
                 name: value.detach().clone()
                 for name, value in state.items()
-                if isinstance(value, Tensor) and name not in known
+                if name not in tensors and name not in layout.aliases
             }
         if progress is not None:
             progress(t + 1, len(sources))
     if store is None or layout is None:
         raise InputError("there is nothing to decompose.")
-    # Files of one epoch saved twice, or of unnumbered runs, cannot be told apart by epoch: number
-    # them instead.
+    # Files of one epoch saved twice cannot be told apart by epoch: number them instead.
     labels = epochs if len(set(epochs)) == len(epochs) else list(range(len(epochs)))
     return store, layout, labels, unmodelled
+
+
+def _snapshot(source: StateDict | Path, t: int) -> tuple[dict[str, Tensor], int | None, str]:
+    """Return the tensors of a source by cleaned name, its epoch if known, and what to call it."""
+    if isinstance(source, Path):
+        return (*read_checkpoint(source), str(source))
+    return by_clean_name(source.items()), None, f"state_dict {t}"
 
 
 def _still(
@@ -234,25 +247,33 @@ def _still(
     epochs: list[int] | None,
     unmodelled: dict[str, Tensor],
 ) -> Decomposition:
-    """Return the decomposition of weights that do not move: no modes, every weight its mean."""
+    """Return the decomposition into no modes, every weight its mean, of samples that stand still.
+
+    Weights that were not sampled may move: the sums of squares say by how much.
+    """
     count = data.shape[0] + (base is not None)
-    mean = data.to(layout.state_dtype).sum(dim=0) / count
-    if base is not None:
-        mean += base
+    first = data[0].to(layout.state_dtype) if base is None else base
+    deltas = (row.to(first.dtype) - first if base is None else row for row in data)
+    shift, squares = torch.zeros_like(first), torch.zeros_like(first)
+    for delta in deltas:
+        shift += delta
+        squares += delta.to(first.dtype).square()
+    shift /= count
+    total = total_by_layer(layout, squares.sub_(shift.square().mul_(count)).clamp_(min=0.0))
     empty = torch.empty(0, dtype=torch.float64)
     return Decomposition(
         layout=layout,
         samples=samples,
         references=torch.empty(0, dtype=torch.int64),
         assignment=torch.zeros(layout.numel, dtype=torch.uint8),
-        scale=torch.zeros_like(mean),
-        mean=mean,
+        scale=torch.zeros_like(first),
+        mean=first + shift,
         profiles=empty.view(0, 1).expand(0, count),
         profile_mean=empty,
-        total=0.0,
+        total=float(total.sum()),
         explained=0.0,
-        layer_total=torch.zeros(len(layout.names), dtype=torch.float64),
-        layer_explained=torch.zeros(len(layout.names), dtype=torch.float64),
+        layer_total=total,
+        layer_explained=torch.zeros_like(total),
         epochs=epochs if epochs is not None else range(count),
         unmodelled=unmodelled,
     )

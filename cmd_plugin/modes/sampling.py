@@ -1,4 +1,4 @@
-"""Draw the K weights whose trajectories are clustered: balanced over layers ("U_B" in the authors' code)."""
+"""Draw the K weights that are clustered, balanced over layers ("U_B" in the authors' code)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ __all__ = ["draw_distinct", "layer_quotas", "sample_weights"]
 
 
 def layer_quotas(sizes: Sequence[int], samples: int) -> list[int] | None:
-    """Return how many weights each layer gives, or None when layers are too many for a balanced draw.
+    """Return how many weights each layer gives, or None with too many layers to balance.
 
     Half of the budget is split evenly over layers, half in proportion to their size, all-or-nothing
-    per layer; what is left goes to
-    the smallest quota that has room for all of it. If no layer has, fewer than ``samples`` are
-    drawn.
+    per layer; what is left goes to the smallest quota that has room for all of it. If no layer has,
+    fewer than ``samples`` are drawn.
 
     Args:
         sizes: Number of weights of each layer.
@@ -65,15 +64,14 @@ def sample_weights(sizes: Sequence[int], samples: int, seed: int = 0) -> Tensor:
     """Draw the flat indices of the K weights to cluster, [K'] int64, K' <= K and all distinct.
 
     With fewer than two samples a layer the draw is uniform over all weights and sorted; else each
-    layer gives its
-    :func:`layer_quotas`, uniformly inside the layer. The draw depends on ``seed`` alone and leaves
-    the global generator untouched.
+    layer gives its :func:`layer_quotas`, uniformly inside the layer. The draw depends on ``seed``
+    alone and leaves the global generator untouched.
 
     Raises:
-        InputError: If ``samples`` is not positive.
+        InputError: If ``samples`` is not a positive whole number.
     """
-    if samples < 1:
-        raise InputError(f"samples must be at least 1, got {samples}.")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise InputError(f"samples must be a whole number of at least 1, got {samples!r}.")
     numel = sum(sizes)
     samples = min(samples, numel)
     generator = torch.Generator().manual_seed(seed)

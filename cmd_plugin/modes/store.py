@@ -10,20 +10,24 @@ from torch import Tensor
 from cmd_plugin.errors import InputError
 from cmd_plugin.kernels import FlatView
 
-__all__ = ["STORAGES", "TrajectoryStore"]
+__all__ = ["STORAGES", "TrajectoryStore", "check_storage"]
 
 STORAGES = ("delta-bf16", "fp32")
+
+
+def check_storage(storage: str) -> None:
+    """Raise InputError unless ``storage`` is one of :data:`STORAGES`."""
+    if storage not in STORAGES:
+        raise InputError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}.")
 
 
 class TrajectoryStore:
     """Snapshots of N weights, appended one by one into memory that is reserved once.
 
     ``"delta-bf16"`` keeps the first snapshot as it is and every later one as a bfloat16 difference
-    to it: correlation does not see the
-    shift, and differences need far fewer bits than weights (2 T + 2 bytes a weight instead of 4 T).
-    ``"fp32"`` keeps the snapshots
-    themselves (float64 ones as float64). The rows of the sampled weights, which decide the modes,
-    are always kept exactly.
+    to it: correlation does not see the shift, and differences need far fewer bits than weights
+    (2 T + 2 bytes a weight instead of 4 T). ``"fp32"`` keeps the snapshots themselves (float64 ones
+    as float64). The rows of the sampled weights, which decide the modes, are always kept exactly.
 
     Args:
         numel: Number of weights N.
@@ -46,8 +50,7 @@ class TrajectoryStore:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        if storage not in STORAGES:
-            raise InputError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}.")
+        check_storage(storage)
         self.storage = storage
         self.samples = samples
         self.count = 0

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Required
 
-from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, update_affine
+from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, reconstruct_into, update_affine
 from cmd_plugin.modes.choice import ModeChoice
 from cmd_plugin.modes.fit import explained_by_layer, sum_of_squares
 from cmd_plugin.modes.layout import Layout
 
-__all__ = ["Tracker"]
+__all__ = ["Evaluation", "Tracker"]
+
+
+class Evaluation(TypedDict, total=False):
+    """Keyword arguments of :func:`cmd_plugin.kernels.reconstruct`."""
+
+    step: Required[Tensor]
+    total: Tensor
+    energy: Tensor
+
 
 _HISTORY = 1024  # snapshots of the profiles that are kept; beyond it every second one is dropped
 
@@ -124,37 +134,68 @@ class Tracker:
             self._stride *= 2
 
     def history(self) -> tuple[list[int], Tensor]:
-        """Return the labels and profiles [M, T] float64 of the snapshots that are remembered, the last one always."""
+        """Return labels and profiles [M, T] float64 of the snapshots remembered and the last."""
         labels, profiles = list(self._labels), list(self._profiles)
         if (self._seen - 1) % self._stride:  # the last snapshot fell between two remembered ones
             labels.append(self._last_label)
             profiles.append(self.profile)
         return labels, torch.stack(profiles, dim=1)
 
-    def evaluation(self) -> dict[str, Tensor | None]:
-        """Return the per-mode arguments of :func:`cmd_plugin.kernels.reconstruct` for the last snapshot."""
-        return {
-            "step": (self.profile - self.profile_mean) * self.unit / self.squares,
-            "total": self.total,
-            "energy": None if self.total is None else self.unit.square() / self.squares,
-        }
+    @property
+    def _slope_per_unit(self) -> Tensor:
+        """[M] float64 Z / S, by which a slope becomes the least-squares scale.
+
+        Zero for a profile that has stood still until forgetting left nothing of its movement: a
+        float32 slope has vanished long before.
+        """
+        alive = self.squares > self.unit * 1e-60
+        return torch.where(alive, self.unit / self.squares, 0.0)
+
+    def evaluation(self) -> Evaluation:
+        """Return the per-mode arguments of ``reconstruct`` for the last snapshot."""
+        step = (self.profile - self.profile_mean) * self._slope_per_unit
+        if self.total is None:
+            return {"step": step}
+        return {"step": step, "total": self.total, "energy": self.unit * self._slope_per_unit}
+
+    def reconstruct(self, out: Tensor | None = None) -> Tensor:
+        """Return the modelled weights of the last snapshot, [N], in ``out`` when it is given."""
+        weights = reconstruct(self.mode, self.slope, self.mean, **self.evaluation(), out=out)
+        if self.follows_references:
+            at = self.choice.references.to(weights.device)
+            weights[at] = self.profile.to(weights.device, weights.dtype)
+        return weights
+
+    def reconstruct_into(self, weights: FlatView) -> None:
+        """Write the modelled weights of the last snapshot into ``weights``, in place."""
+        reconstruct_into(weights, self.mode, self.slope, self.mean, **self.evaluation())
+        if self.follows_references:
+            weights.put(self.choice.references, self.profile)
 
     def scale(self, *, shrunk: bool = False) -> Tensor:
-        """Return the slopes a [N] of the weights; with ``shrunk`` as they are used when the state shrinks."""
-        arguments = self.evaluation()
-        if not shrunk:
-            arguments["total"] = arguments["energy"] = None
-        arguments["step"] = self.unit / self.squares
-        return reconstruct(self.mode, self.slope, torch.zeros_like(self.mean), **arguments)  # type: ignore[arg-type]
+        """Return the slopes a [N] of the weights.
+
+        Args:
+            shrunk: Whether to return them as they are used when the state shrinks.
+        """
+        evaluation = self.evaluation() if shrunk else Evaluation(step=self.squares)
+        evaluation["step"] = self._slope_per_unit
+        scale = reconstruct(self.mode, self.slope, torch.zeros_like(self.mean), **evaluation)
+        if self.follows_references:
+            scale[self.choice.references.to(scale.device)] = 1.0
+        return scale
 
     def offset(self) -> Tensor:
         """Return the offsets b [N] of the weights: mean - a * mean of the profile."""
-        step = -self.profile_mean * self.unit / self.squares
-        return reconstruct(self.mode, self.slope, self.mean, step)
+        step = -self.profile_mean * self._slope_per_unit
+        offset = reconstruct(self.mode, self.slope, self.mean, step)
+        if self.follows_references:
+            offset[self.choice.references.to(offset.device)] = 0.0
+        return offset
 
     def explained(self, layout: Layout) -> float:
         """Return the part of :attr:`total_sum` that the model explains."""
-        energy = self.unit.square() / self.squares
+        energy = self.unit * self._slope_per_unit
         return float(explained_by_layer(layout, self.mode, self.slope, energy, self.total).sum())
 
     def state_dict(self) -> dict[str, Any]:

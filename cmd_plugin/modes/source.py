@@ -1,0 +1,94 @@
+"""Where online CMD reads the weights: a model, a state_dict or a flat vector, as one flat view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from cmd_plugin.errors import PluginError, ShapeError
+from cmd_plugin.kernels import FlatView
+from cmd_plugin.modes.layout import Layout, clean_name, find_weights
+
+__all__ = ["Source", "WeightSource", "find_non_finite"]
+
+Source = nn.Module | Mapping[str, Tensor] | Tensor
+
+_Slot = tuple[dict[str, Tensor | None], str]
+
+
+class WeightSource:
+    """The weights of a layout, wherever they are now.
+
+    Args:
+        layout: What the weights are.
+        model: Model to read when no other source is named.
+    """
+
+    def __init__(self, layout: Layout, model: nn.Module | None) -> None:
+        self.layout = layout
+        self.model = model
+        self._slots: list[_Slot] = []
+        self._links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
+        self._view: FlatView | None = None
+
+    def view(self, source: Source | None = None) -> FlatView:
+        """Return the weights of a source, None for the model, as a flat view in the state's dtype.
+
+        Raises:
+            ShapeError: If a flat vector has another length.
+            StateMismatch: If a model or state_dict has other tensors than the layout.
+            PluginError: If there is no source.
+        """
+        if source is None:
+            source = self.model
+        if source is None:
+            raise PluginError("this OnlineModes has no model: give update() the weights.")
+        if source is self.model:
+            return self._of_model(self.model)
+        if isinstance(source, Tensor):
+            if source.shape != (self.layout.numel,):
+                raise ShapeError(
+                    f"expected {self.layout.numel} weights, got shape {tuple(source.shape)}."
+                )
+            return FlatView([source], dtype=self.layout.state_dtype)
+        what = "the model given" if isinstance(source, nn.Module) else "the state_dict given"
+        tensors = find_weights(self.layout, source, what)
+        return FlatView(list(tensors.values()), dtype=self.layout.state_dtype)
+
+    def _of_model(self, model: nn.Module) -> FlatView:
+        # Walking the modules costs more than an update of a small model: look only whether every
+        # module still is where it was and holds the tensor it held. Moving a model to a device
+        # replaces its buffers, and load_state_dict(assign=True) its parameters.
+        in_place = all(table.get(name) is module for table, name, module in self._links)
+        held = [table.get(name) for table, name in self._slots] if in_place else []
+        tensors = [tensor for tensor in held if tensor is not None]
+        if self._view is None or not self._view.is_current(tensors):
+            tensors = list(find_weights(self.layout, model, "the model").values())
+            self._view = FlatView(tensors, dtype=self.layout.state_dtype)
+            self._remember_places(model)
+        return self._view
+
+    def _remember_places(self, model: nn.Module) -> None:
+        slots: dict[str, _Slot] = {
+            clean_name(f"{prefix}.{key}" if prefix else key): (table, key)
+            for prefix, module in model.named_modules(remove_duplicate=False)
+            for table in (module._buffers, module._parameters)
+            for key in table
+        }
+        self._slots = [slots[name] for name in self.layout.names if name in slots]
+        self._links = [
+            (module._modules, key, child)
+            for module in model.modules()
+            for key, child in module._modules.items()
+        ]
+
+
+def find_non_finite(view: FlatView, layout: Layout) -> tuple[int, str]:
+    """Return how many weights are NaN or infinite, and where the first one is."""
+    bad = view.count_non_finite()
+    first = view.first_non_finite() if bad else None
+    if first is None:
+        return 0, ""
+    name, inside = layout.locate(first)
+    return bad, f"the first in {name!r} at position {inside}"
