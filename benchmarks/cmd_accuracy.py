@@ -43,7 +43,7 @@ from cmd_plugin.training.models import SmallConvNet
 
 EMA_PER_STEP = (0.9, 0.99, 0.999)
 EMA_PER_EPOCH = 0.9
-TEST_LIMIT = 2500
+TEST_LIMIT = 2000
 SWA_SHARE = 0.25  # of the epochs, the last ones
 
 # Options of OnlineModes under test; the paper's method is the one without any.
@@ -79,8 +79,8 @@ class Case:
 
 CASES = (
     Case("digits", None, 0.2, 60, 20, 64, 0.05, 16),
-    Case("mnist", 2000, 0.2, 60, 20, 64, 0.05, 8),
-    Case("cifar10", 3000, 0.0, 60, 20, 64, 0.05, 8),
+    Case("mnist", 1000, 0.2, 40, 13, 64, 0.05, 8),
+    Case("cifar10", 2000, 0.0, 40, 13, 64, 0.05, 8),
 )
 QUICK = (Case("digits", None, 0.2, 30, 10, 64, 0.05, 16),)
 SCHEDULES = ("constant", "cosine")

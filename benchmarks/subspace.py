@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 __all__ = ["train_in_subspace"]
 
-_BATCH = 512
+_BATCH = 128
 
 
 def train_in_subspace(
