@@ -143,6 +143,8 @@ class WeightFollower(Callback):
         state = dict(self.__dict__)
         state["_pending"] = self._modes_state()
         state["modes"] = state["_module"] = state["_shown"] = None
+        for name in ("log", "log_dict"):
+            state.pop(name, None)  # Lightning leaves the module's methods on its callbacks
         state["_recent"] = deque(maxlen=self._recent.maxlen)
         return state
 

@@ -143,6 +143,9 @@ class CMDCallback(WeightFollower):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.profile = one_of("profile", profile, ("reference", "mean"))
         self.shrink = shrink
+        if not 0 < forgetting <= 1:
+            message = f"forgetting must be above 0 and at most 1; it is {forgetting!r}."
+            raise InputError(message)
         self.forgetting = forgetting
         self.prefix = prefix
         self.prog_bar = prog_bar

@@ -8,15 +8,20 @@
 from __future__ import annotations
 
 import importlib
+import os
 import random
+import signal
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torchmetrics import Accuracy
 
 from cmd_plugin.callbacks import CMDCallback
 from cmd_plugin.callbacks._lightning import NAMESPACES
@@ -42,6 +47,11 @@ class ResumableLoader:
     def __init__(self, epoch_length: int = 6) -> None:
         self.points, self.labels = toy_data(count=8 * epoch_length).tensors
         self.epoch_length, self.epoch, self.at = epoch_length, 0, 0
+        self.sampler = self  # where Lightning looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.at = epoch, 0
 
     def __len__(self) -> int:
         return self.epoch_length
@@ -52,11 +62,9 @@ class ResumableLoader:
         for index in range(self.at, self.epoch_length):
             self.at = index + 1
             yield self.points[order[index]], self.labels[order[index]]
-        self.at, self.epoch = 0, self.epoch + 1
 
     def state_dict(self) -> dict[str, int]:
-        done = self.at >= self.epoch_length
-        return {"epoch": self.epoch + done, "at": 0 if done else self.at}
+        return {"epoch": self.epoch, "at": self.at}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.at = state["epoch"], state["at"]
@@ -106,7 +114,7 @@ def in_namespace(namespace: str, kind: type = Toy) -> type:
     if (namespace, kind) not in _KINDS:
         name = f"{kind.__name__}_{namespace.replace('.', '_')}"
         made = type(name, (kind, base), {"__module__": kind.__module__, "__qualname__": name})
-        _KINDS[namespace, kind] = made
+        _KINDS[namespace, kind] = globals()[name] = made  # the latter for pickle
     return _KINDS[namespace, kind]
 
 
@@ -165,6 +173,129 @@ class Counting(CMDCallback):
         kind = "sanity" if trainer.sanity_checking else "validation"
         super().on_validation_start(trainer, pl_module)
         self.events.append((kind, trainer.current_epoch, trainer.global_step))
+
+
+class Killing(Counting):
+    """Kills its own process at the start of a training step."""
+
+    at: int | None = None
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if self.at is not None and trainer.global_step >= self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_with_checkpoints(
+    folder: Path, kill_at: int | None = None, resume: bool = False
+) -> dict[str, Any]:
+    """Seven epochs of six steps with a checkpoint after every fourth; returns the end."""
+    callback = Killing(warmup=3)
+    callback.at = kill_at
+    namespace = NAMESPACES[-1]
+    callbacks = importlib.import_module(f"{namespace}.callbacks")
+    keep = callbacks.ModelCheckpoint(folder, save_last=True, every_n_train_steps=4)
+    trainer = make_trainer(callback, keep, max_epochs=7, enable_checkpointing=True)
+    module = make_module(dropout=0.0)
+    path = folder / "last.ckpt" if resume else None
+    trainer.fit(module, ResumableLoader(), toy_loader(seed=2), ckpt_path=path)
+    return {"weights": weights_of(module), "state": callback.state_dict()}
+
+
+class Parts(Sampler[int]):
+    """Each process takes its share of every batch of 8, so that two see what one sees."""
+
+    def __init__(self, count: int, rank: int, world: int) -> None:
+        size = 8 // world
+        starts = range(rank * size, count, 8)
+        self.indices = [index for start in starts for index in range(start, start + size)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class Measured(Toy):
+    """Logs a mean, a sum and a metric, and on rank 0 alone a number of its own."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__(norm=norm, dropout=0.0)
+        self.accuracy = Accuracy("multiclass", num_classes=3)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        scores = self(batch[0])
+        loss = cross_entropy(scores, batch[1])
+        self.log("val_loss", loss, sync_dist=True)
+        self.log("val_sum", loss * len(batch[0]), reduce_fx="sum", sync_dist=True)
+        self.accuracy(scores, batch[1])
+        self.log("val_acc", self.accuracy)
+        if self.trainer.is_global_zero:
+            self.log("rank_zero", 1.0, rank_zero_only=True, batch_size=1)
+
+
+class Statistics(Counting):
+    """Keeps the BatchNorm mean that this process had at its latest snapshot."""
+
+    mean: Tensor | None = None
+
+    def take_snapshot(self, trainer: Any, pl_module: Any, label: int) -> None:
+        self.mean = weights_of(pl_module).get("net.1.running_mean")
+        super().take_snapshot(trainer, pl_module, label)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "namespace": {"namespace": "lightning.pytorch"},
+    "norm": {"norm": True},
+    "options": {
+        "norm": True,
+        "evaluate": "modelled",
+        "shrink": True,
+        "profile": "mean",
+        "storage": "fp32",
+    },
+}
+
+
+def distributed_run(
+    rank: int = 0,
+    world: int = 1,
+    namespace: str = "pytorch_lightning",
+    norm: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train and test on one rank; returns what it ended with."""
+    settings: dict[str, Any] = {"use_distributed_sampler": False, "num_sanity_val_steps": 0}
+    if world > 1:
+        environments = importlib.import_module(f"{namespace}.plugins.environments")
+        strategies = importlib.import_module(f"{namespace}.strategies")
+        settings["devices"] = world
+        settings["strategy"] = strategies.DDPStrategy(
+            process_group_backend="gloo",
+            timeout=timedelta(seconds=120),
+            cluster_environment=environments.LightningEnvironment(),
+        )
+
+    def loader(data: TensorDataset) -> DataLoader:
+        sampler = Parts(len(data), rank, world)
+        return DataLoader(data, batch_size=8 // world, sampler=sampler)
+
+    callback = Statistics(**options)
+    module = make_module(namespace, Measured, norm=norm)
+    trainer = make_trainer(callback, namespace=namespace, max_epochs=6, **settings)
+    trainer.fit(module, loader(toy_data(48)), loader(toy_data(24, seed=2)))
+    assert callback.modes is not None
+    result = {
+        "weights": weights_of(module),
+        "state": callback.state_dict(),
+        "modelled": callback.modes.reconstruct(),
+        "mean": callback.mean,
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+    }
+    trainer.test(module, loader(toy_data(24, seed=2)), verbose=False)
+    result["test_loss"] = float(trainer.callback_metrics["test_loss"])
+    return result
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,112 @@
+"""Two processes over gloo on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from callback_toys import CASES, distributed_run, same
+
+pytest.importorskip("lightning")
+
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
+
+Results = dict[str, tuple[dict[str, Any], dict[str, Any]]]
+
+
+def free_ports(count: int) -> list[str]:
+    """Distinct ports that nobody listens on."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What both ranks ended with in every case; two processes go through all cases."""
+    folder = tmp_path_factory.mktemp("ddp")
+    script, ports = Path(__file__).with_name("ddp_run.py"), free_ports(len(CASES))
+    children = []
+    try:
+        for rank in range(2):
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "LOCAL_RANK": str(rank),  # tells Lightning that the processes exist already
+                "NODE_RANK": "0",
+            }
+            log = (folder / f"{rank}.log").open("w")
+            command = [sys.executable, str(script), str(folder), str(rank), *ports]
+            children.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+            log.close()
+        for rank, child in enumerate(children):
+            code = child.wait(timeout=300)
+            assert code == 0, (folder / f"{rank}.log").read_text()[-3000:]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    found = {
+        name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for name in CASES
+    }
+    return {name: (first, second) for name, (first, second) in found.items()}
+
+
+@pytest.mark.parametrize("case", ["plain", "namespace"])
+def test_two_processes_equal_one(results: Results, case: str) -> None:
+    """Same batches, so the same run up to the order in which gradients are summed."""
+    first, second = results[case]
+    alone = distributed_run(**CASES[case])
+    assert same(first["weights"], second["weights"])
+    for name, weight in alone["weights"].items():
+        assert torch.allclose(first["weights"][name], weight, atol=1e-5), name
+    assert torch.allclose(first["modelled"], alone["modelled"], atol=1e-4)
+    one, two = alone["state"]["modes"]["tracker"], first["state"]["modes"]["tracker"]
+    assert torch.equal(one["references"], two["references"])
+    assert torch.equal(one["mode"], two["mode"])
+    shared = alone["metrics"].keys() & second["metrics"].keys()
+    assert shared >= {"val_loss", "cmd/val_loss", "cmd/val_sum", "cmd/val_acc"}
+    for name in shared:
+        assert first["metrics"][name] == pytest.approx(second["metrics"][name], rel=1e-6), name
+        assert first["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-3), name
+    assert first["metrics"]["cmd/val_loss"] != first["metrics"]["val_loss"]
+    assert first["metrics"]["cmd/rank_zero"] == second["metrics"]["cmd/rank_zero"] == 1.0
+    mean = (first["test_loss"] + second["test_loss"]) / 2  # logged without sync_dist
+    assert mean == pytest.approx(alone["test_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_both_ranks_have_the_same_state(results: Results, case: str) -> None:
+    first, second = results[case]
+    assert first["state"]["modes"]["updates"] == 6
+    assert same(first["state"], second["state"])
+    assert torch.equal(first["modelled"], second["modelled"])
+
+
+@pytest.mark.parametrize("case", ["norm", "options"])
+def test_statistics_of_rank_zero_are_modelled(results: Results, case: str) -> None:
+    """BatchNorm's running statistics differ between processes when the snapshot is taken."""
+    first, second = results[case]
+    assert not torch.equal(first["mean"], second["mean"])
+    layout = json.loads(first["state"]["modes"]["layout"])
+    at = layout["names"].index("net.1.running_mean")
+    start = sum(int(torch.tensor(shape).prod()) for shape in layout["shapes"][:at])
+    for rank in (first, second):
+        modelled = rank["modelled"][start : start + len(first["mean"])]
+        assert (modelled - first["mean"]).norm() < (modelled - second["mean"]).norm()
