@@ -67,6 +67,7 @@ class FlatView:
         self.block = block
         self._pieces: list[list[_Piece]] = [[] for _ in range(-(-self.numel // block))]
         self._views: list[list[Tensor] | None] = []
+        self._packed: FlatView | None = None
         self._plan()
 
     def _plan(self) -> None:
@@ -91,14 +92,25 @@ class FlatView:
 
     def is_current(self, tensors: Sequence[Tensor]) -> bool:
         """Whether this view still addresses these tensors: the same storage in the same order."""
-        return len(tensors) == len(self._pointers) and all(
-            tensor.data_ptr() == pointer
-            for tensor, pointer in zip(tensors, self._pointers, strict=True)
-        )
+        return [tensor.data_ptr() for tensor in tensors] == self._pointers
 
     def scratch(self) -> Tensor:
         """Return an uninitialised vector that fits any block: [min(block, N)], ``dtype``."""
         return torch.empty(min(self.block, self.numel), dtype=self.dtype, device=self.device)
+
+    def packed(self) -> FlatView:
+        """Return a view of a copy of the values in one vector, if they all fit into one block.
+
+        A network of many small tensors is read several times in an update; copied together once,
+        each reading costs one operation instead of one a tensor. The copy is refreshed by every
+        call. Larger networks, and single vectors, get this view itself.
+        """
+        if len(self._views) != 1 or len(self._tensors) == 1:
+            return self
+        if self._packed is None:
+            self._packed = FlatView([self.scratch()], self.block, self.dtype)
+        self.read(0, self._packed._tensors[0])
+        return self._packed
 
     def blocks(self) -> Iterator[tuple[int, int, int]]:
         """Yield (number, start, stop) of every block."""
@@ -115,8 +127,8 @@ class FlatView:
         if views is not None:
             if len(views) == 1:
                 return views[0]
-            out = scratch[: sum(view.numel() for view in views)]
-            return torch.cat(views, out=out)
+            start = number * self.block
+            return torch.cat(views, out=scratch[: min(self.block, self.numel - start)])
         at = 0
         for tensor, a, b in self._pieces[number]:
             rows, skip = _rows(tensor, a, b)

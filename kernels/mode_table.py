@@ -27,9 +27,9 @@ class ModeTable:
         self._paired = table.device.type == "cpu"
         if self._paired:
             modes = table.numel()
-            index = torch.arange(256 * modes)
-            low = (index & 255).clamp_(max=modes - 1)
-            pairs = torch.stack([table[low], table[index >> 8]], dim=1)
+            pairs = torch.zeros(modes, 256, 2, dtype=table.dtype)  # [high byte, low byte, value]
+            pairs[:, :modes, 0] = table
+            pairs[:, :, 1] = table[:, None]
             self._pairs = pairs.view(_PAIR[table.dtype]).view(-1)
             self._index = torch.empty(block // 2 + 1, dtype=torch.int32)
 

@@ -191,7 +191,7 @@ class OnlineModes:
         # State made under inference_mode (Lightning validates in it) could not be changed in place
         # later.
         with torch.inference_mode(False), torch.no_grad():
-            view = self._read(source)
+            view = self._read(source).packed()
             bad, where = find_non_finite(view, self.layout)
             if bad:
                 raise NonFiniteError(
