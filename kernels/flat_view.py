@@ -7,6 +7,7 @@ views wherever a block lies inside one tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -136,6 +137,21 @@ class FlatView:
             at += b - a
         return scratch[:at]
 
+    def pieces(self) -> list[tuple[Tensor, int, int]] | None:
+        """Return (values [n], start, stop) of the pieces that blocks are made of, all views.
+
+        None if some tensor is not contiguous or of another dtype and would have to be copied.
+        """
+        pieces: list[tuple[Tensor, int, int]] = []
+        start = 0
+        for views in self._views:
+            if views is None:
+                return None
+            for view in views:
+                pieces.append((view, start, start + view.numel()))
+                start += view.numel()
+        return pieces
+
     def write(self, number: int, values: Tensor) -> None:
         """Write [n] values into the tensors of a block, in place, rounding to their dtypes."""
         at = 0
@@ -179,11 +195,11 @@ class FlatView:
         scratch = self.scratch()
         count = 0
         for number, _, _ in self.blocks():
-            values = self.read(number, scratch)
-            # The sum is finite unless a value is not (or it overflows): the exact count is only
-            # taken then.
-            if not torch.isfinite(values.sum()):
-                count += int((~torch.isfinite(values)).sum())
+            for values in self._views[number] or [self.read(number, scratch)]:
+                # The sum is finite unless a value is not (or it overflows): the exact count is
+                # only taken then.
+                if not math.isfinite(values.sum().item()):
+                    count += int((~torch.isfinite(values)).sum())
         return count
 
     def first_non_finite(self) -> int | None:

@@ -31,17 +31,14 @@ def assign_and_fit(
     reference = profiles.to(device, torch.float64)
     reference = reference - reference.mean(dim=1, keepdim=True)
     norm = reference.norm(dim=1, keepdim=True)
-    # One product gives the M normalised correlations and, in the last row, the mean that rounding
-    # left in the centred weight. It is summed in three parts: shorter sums round less.
-    unit = torch.cat([reference / norm, torch.full_like(reference[:1], 1.0 / snapshots)])
-    unit = unit.to(dtype)
-    part = -(-snapshots // 3)
+    unit = (reference / norm).to(dtype)
+    part = -(-snapshots // 3)  # products are summed in three parts: shorter sums round less
 
     width = min(numel, max(256, _BLOCK_VALUES // snapshots // 2 * 2))
     inverse_norm = ModeTable((1.0 / norm[:, 0]).to(dtype), width)
     column = torch.arange(width, dtype=torch.int32, device=device)
     rows = torch.empty(snapshots * width, dtype=dtype, device=device)
-    products = torch.empty((modes + 1) * width, dtype=dtype, device=device)
+    products = torch.empty(modes * width, dtype=dtype, device=device)
     magnitude = torch.empty(modes * width, dtype=dtype, device=device)
     hit = torch.empty(modes * width, dtype=torch.uint8, device=device)
     rank = torch.arange(255, 255 - modes, -1, device=device).to(torch.uint8)[:, None]
@@ -54,16 +51,16 @@ def assign_and_fit(
             pivot = _pivot(trajectory[:, block], None if base is None else base[block], x)
             shift = torch.mean(x, dim=0, out=total)
             x.sub_(shift)
-            product = products[: (modes + 1) * n].view(modes + 1, n)
+            torch.add(pivot, shift, out=mean)
+            product = products[: modes * n].view(modes, n)
             torch.mm(unit[:, :part], x[:part], out=product)
             for low in range(part, snapshots, part):
                 product.addmm_(unit[:, low : low + part], x[low : low + part])
-            torch.add(pivot, shift.add_(product[modes]), out=mean)
             torch.sum(x.square_(), dim=0, out=total)
 
             # argmax |product|, ties to the lowest mode: of the modes that reach the maximum, the
             # one of highest rank.
-            size = torch.abs(product[:modes], out=magnitude[: modes * n].view(modes, n))
+            size = torch.abs(product, out=magnitude[: modes * n].view(modes, n))
             reached = hit[: modes * n].view(modes, n)
             torch.eq(size, size.amax(dim=0), out=reached.view(torch.bool))
             torch.amax(reached.mul_(rank), dim=0, out=mode)
