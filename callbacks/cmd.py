@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
-from cmd_plugin.callbacks._arguments import one_of, whole
+from cmd_plugin.callbacks._arguments import one_of, patterns, whole
 from cmd_plugin.callbacks._following import WeightFollower
 from cmd_plugin.callbacks._recording import LogListener, publish
 from cmd_plugin.callbacks._second_pass import second_pass, takes_data_loader_iterator
@@ -49,7 +49,9 @@ class CMDCallback(WeightFollower):
     raw ones, so the raw numbers are repeated under ``prefix`` at no cost. The second pass calls the
     module's ``on_validation_epoch_start/end`` and ``on_validation_batch_start/end``, but not
     ``on_validation_start/end`` and no other callback; code that must know which weights it sees can
-    ask :attr:`showing`. In distributed runs its means are taken over all processes.
+    ask :attr:`showing`. In distributed runs its means are taken over all processes. What
+    ``trainer.validate`` prints and returns is the trainer's own pass; the rest is in
+    ``trainer.callback_metrics``.
 
     Logged at the end of each training epoch: ``cmd/explained_variance`` (at most 1, over everything
     seen so far; once fitted) and ``cmd/state_bytes`` (bytes this callback holds).
@@ -77,7 +79,9 @@ class CMDCallback(WeightFollower):
         storage: Warm-up store, ``"delta-bf16"`` or ``"fp32"``.
         store_device: Device of the warm-up store, e.g. ``"cpu"``; None keeps it with the weights.
         buffers: Floating buffers (BatchNorm statistics) in modelled weights: ``"model"`` them,
-            ``"recalibrate"`` them on the latest training batches, or ``"keep"`` the raw run's.
+            ``"recalibrate"`` them on the latest training batches, or ``"keep"`` the raw run's. The
+            first is the authors' way and needs nothing; the second was clearly better on every
+            network measured (``benchmarks/results``) but needs batches of this process's training.
         include: Patterns of parameter names to model; all when empty.
         exclude: Patterns of parameter names to leave raw.
         profile: ``"reference"`` (one weight per mode) or ``"mean"`` of the mode's samples.
@@ -140,7 +144,8 @@ class CMDCallback(WeightFollower):
         self.storage = one_of("storage", storage, ("delta-bf16", "fp32"))
         self.store_device = store_device
         self.buffers = one_of("buffers", buffers, ("model", "recalibrate", "keep"))
-        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.include = patterns("include", include)
+        self.exclude = patterns("exclude", exclude)
         self.profile = one_of("profile", profile, ("reference", "mean"))
         self.shrink = shrink
         if not 0 < forgetting <= 1:

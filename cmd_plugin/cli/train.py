@@ -139,10 +139,11 @@ def train(
     buffers: Annotated[
         str,
         typer.Option(
-            help="BatchNorm statistics of CMD's weights: model, recalibrate or keep.",
+            help="BatchNorm statistics of CMD's weights: recalibrate (on 8 training batches), "
+            "model, or keep.",
             rich_help_panel=_METHODS,
         ),
-    ] = "model",
+    ] = "recalibrate",
     ema_decay: Annotated[
         float,
         typer.Option(help="Decay of the EMA at each step.", rich_help_panel=_METHODS),

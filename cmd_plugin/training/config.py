@@ -53,7 +53,9 @@ class TrainConfig:
         forgetting: Forgetting factor of CMD's update, in (0, 1].
         shrink: Whether CMD shrinks each weight by its squared correlation.
         profile: `reference` or `mean` of the mode.
-        buffers: BatchNorm statistics of modelled weights: `model`, `recalibrate` or `keep`.
+        buffers: BatchNorm statistics of modelled weights: `recalibrate` on the last few training
+            batches, `model` like weights (the authors' code), or `keep` the raw ones. Modelled ones
+            cost much accuracy on small networks (`benchmarks/results/cmd_accuracy.jsonl`).
         threads: CPU threads; `None` leaves torch's choice.
         accelerator: Lightning's name of the device.
 
@@ -83,7 +85,7 @@ class TrainConfig:
     forgetting: float = 1.0
     shrink: bool = False
     profile: str = "reference"
-    buffers: str = "model"
+    buffers: str = "recalibrate"
     threads: int | None = None
     accelerator: str = "cpu"
 

@@ -135,7 +135,10 @@ def test_global_state_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert torch.get_num_threads() == threads
     assert signal.getsignal(signal.SIGINT) is handler
-    assert [p.epochs_done for p in told if p.epochs_done == int(p.epochs_done)] == [1, 2, 3, 4]
+    done = [p.epochs_done for p in told]
+    assert done == sorted(done)
+    # On a slow machine the last batch of an epoch reports too, so a number can come twice.
+    assert sorted({n for n in done if n == int(n)}) == [1, 2, 3, 4]
     assert told[-1].epochs == 4
     assert set(told[-1].scores) == {"raw", "ema", "swa", "cmd"}
 
@@ -324,7 +327,7 @@ def test_a_later_seed_that_diverges_leaves_the_first(
     "options",
     [
         {"shrink": True, "forgetting": 0.9, "profile": "mean", "optimizer": "adam"},
-        {"buffers": "recalibrate", "schedule": "cosine"},
+        {"buffers": "model", "schedule": "cosine"},
         {"buffers": "keep", "label_noise": 0.3, "optimizer": "adamw", "weight_decay": 0.01},
     ],
 )
