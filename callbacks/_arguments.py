@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from cmd_plugin.errors import InputError
 
-__all__ = ["one_of", "whole"]
+__all__ = ["one_of", "patterns", "whole"]
 
 _Choice = TypeVar("_Choice", bound=str)
 
@@ -28,3 +29,11 @@ def one_of(name: str, value: _Choice, choices: tuple[str, ...]) -> _Choice:
         message = f"{name} must be one of {', '.join(choices)}; it is {value!r}."
         raise InputError(message)
     return value
+
+
+def patterns(name: str, value: Iterable[str]) -> tuple[str, ...]:
+    """Return ``value`` as a tuple of strings; a lone string would be read letter by letter."""
+    if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+        message = f"{name} must be a list of patterns, such as ['net.*']; it is {value!r}."
+        raise InputError(message)
+    return tuple(value)

@@ -7,6 +7,7 @@ checkpoints, and puts its modelled weights into the module and takes them out ag
 from __future__ import annotations
 
 import copy
+import pickle
 import time
 import weakref
 from collections import deque
@@ -242,7 +243,7 @@ class WeightFollower(Callback):
         if not self._offered and trainer.ckpt_path:
             # Lightning before 2.5 restores callbacks for fit alone, and nobody restores them from
             # a checkpoint of weights only, where modes in memory would not fit the weights.
-            checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path)
+            checkpoint = _load(trainer, trainer.ckpt_path)
             self.on_load_checkpoint(trainer, pl_module, checkpoint)
             state = checkpoint.get("callbacks", {}).get(self.state_key)
             if state is not None:
@@ -260,6 +261,15 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
         name: value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
         for name, value in state.items()
     }
+
+
+def _load(trainer: Trainer, path: Any) -> dict[str, Any]:
+    load: Any = trainer.strategy.load_checkpoint
+    try:
+        return dict(load(path))
+    except pickle.UnpicklingError:
+        # Lightning has just read this very file, so the user told it to trust what is inside.
+        return dict(load(path, weights_only=False))
 
 
 def _has_statistics(pl_module: LightningModule) -> bool:

@@ -65,7 +65,9 @@ class _Diverted:
     def __init__(self, pl_module: LightningModule) -> None:
         self._pl_module = pl_module
         self._original: Callable[..., None] = pl_module.log
-        self._signature = inspect.signature(type(pl_module).log)
+        # Lightning's own, in case the module's class overrides it with fewer names.
+        owner = next(kind for kind in reversed(type(pl_module).__mro__) if "log" in vars(kind))
+        self._signature = inspect.signature(vars(owner)["log"])
         self._previous: Any = _MISSING
 
     def __enter__(self) -> _Diverted:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["second_pass", "takes_data_loader_iterator"]
 
 _MISSING = object()
+
+# Exactly these, no subclasses: a container of somebody's own may not survive being refilled.
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 
 
 def second_pass(trainer: Trainer, pl_module: LightningModule) -> dict[str, Published]:
@@ -139,7 +142,7 @@ def _same_attributes(pl_module: nn.Module) -> Iterator[None]:
             if key in inner or key.startswith(("_trainer", "_fabric", "_jit")):
                 continue
             kept: Any = None
-            if isinstance(value, (list, dict, set, deque)):
+            if type(value) in _CONTAINERS:
                 kept = copy.copy(value)
             elif isinstance(value, Tensor):
                 kept = value.detach().clone()
@@ -160,11 +163,10 @@ def _same_attributes(pl_module: nn.Module) -> Iterator[None]:
 
 
 def _refill(container: Any, contents: Any) -> None:
+    container.clear()
     if isinstance(container, (list, deque)):
-        container.clear()
         container.extend(contents)
     else:
-        container.clear()
         container.update(contents)
 
 

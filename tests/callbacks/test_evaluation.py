@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,8 +175,7 @@ class LogsEverything(Toy):
         self.outputs.clear()
 
 
-@pytest.mark.parametrize("loaders", [1, 2])
-@pytest.mark.parametrize("limit", [1.0, 3])
+@pytest.mark.parametrize(("loaders", "limit"), [(1, 3), (2, 1.0)])
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 def test_second_pass_over_the_same_weights_gives_the_same_numbers(
     namespace: str, loaders: int, limit: float
@@ -509,6 +509,41 @@ def test_weights_of_a_foreign_checkpoint_are_not_replaced(
         assert close(result[0]["test_loss"], evaluate(module, raw, toy_loader(seed=4))["loss"])
         assert "the raw weights are used" in caplog.text
         caplog.clear()
+
+
+class Custom:
+    """A hyper-parameter that safe loading refuses."""
+
+
+def test_weights_only_checkpoint_with_a_custom_hyperparameter(tmp_path: Path) -> None:
+    """A file that the user told Lightning to trust is trusted when it is read again."""
+
+    class Configured(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"thing": Custom()})
+
+    module = make_module(kind=Configured)
+    trainer = make_trainer(Counting())
+    trainer.fit(module, toy_loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    trusted: dict[str, Any] = {}
+    if "weights_only" in inspect.signature(trainer.test).parameters:
+        trusted["weights_only"] = False
+    path = tmp_path / "a.ckpt"
+    [result] = trainer.test(module, toy_loader(seed=4), ckpt_path=path, verbose=False, **trusted)
+    expected = evaluate(module, weights_of(module), toy_loader(seed=4))["loss"]
+    assert close(result["test_loss"], expected)
+
+
+def test_a_module_with_its_own_log() -> None:
+    class Renaming(Toy):
+        def log(self, name: str, value: Any, **options: Any) -> None:
+            super().log(name, value, **options)
+
+    trainer = make_trainer(Unchanged(), max_epochs=4)
+    trainer.fit(make_module(kind=Renaming), toy_loader(), toy_loader(seed=2))
+    assert trainer.callback_metrics["val_loss"] == trainer.callback_metrics["cmd/val_loss"]
 
 
 @pytest.mark.parametrize("mode", ["both", "modelled"])

@@ -41,6 +41,8 @@ from cmd_plugin.errors import InputError, NonFiniteError, PluginError
         ({"checkpoint_weights": "both"}, r"checkpoint_weights must be one of"),
         ({"forgetting": 0.0}, r"forgetting must"),
         ({"forgetting": 1.5}, r"forgetting must"),
+        ({"include": "net.*"}, r"include must be a list of patterns"),
+        ({"exclude": (1,)}, r"exclude must be a list of patterns"),
         ({"recalibration_batches": 0}, r"recalibration_batches must be"),
     ],
 )

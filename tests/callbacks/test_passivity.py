@@ -197,3 +197,52 @@ def test_tied_and_frozen_weights() -> None:
     assert torch.equal(modelled["net.0.weight"], modelled["net.2.weight"])
     assert torch.equal(modelled["net.3.weight"], frozen)
     assert module.net[0].weight is module.net[2].weight
+
+
+def test_weights_frozen_and_thawed_on_the_way() -> None:
+    """What is modelled is decided at the start: thawed weights stay raw, frozen ones go on."""
+
+    class Turning(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[4].bias.requires_grad_(False)
+
+        def on_train_epoch_start(self) -> None:
+            if self.trainer.current_epoch == 3:
+                self.net[0].weight.requires_grad_(False)
+                self.net[4].bias.requires_grad_(True)
+
+    callback = Counting()
+    module = make_module(kind=Turning)
+    make_trainer(callback, max_epochs=6).fit(module, toy_loader(), toy_loader(seed=2))
+    assert callback.modes is not None
+    assert callback.modes.updates == 6
+    assert "net.0.weight" in callback.modes.layout.names
+    assert "net.4.bias" not in callback.modes.layout.names
+    modelled = modelled_weights(callback, module)
+    assert torch.equal(modelled["net.4.bias"], module.net[4].bias)
+    assert not torch.equal(modelled["net.0.weight"], module.net[0].weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("store_device", [None, "cpu"])
+def test_on_a_gpu(namespace: str, store_device: str | None) -> None:
+    """State beside the weights, the same random stream, and weights moved back after the run."""
+    runs = []
+    for callback in (Counting(store_device=store_device), None):
+        module = make_module(namespace, Random)
+        trainer = make_trainer(
+            *([callback] if callback else []), namespace=namespace, accelerator="gpu", max_epochs=6
+        )
+        trainer.fit(module, toy_loader(), toy_loader(seed=2))
+        runs.append((weights_of(module), torch.cuda.get_rng_state(), torch.get_rng_state()))
+        if callback is not None:
+            assert callback.modes is not None
+            assert callback.modes.assignment.device.type == "cuda"
+            trainer.test(module, toy_loader(seed=2), verbose=False)
+            modelled = modelled_weights(callback, module)
+            assert {tensor.device.type for tensor in modelled.values()} == {"cpu"}
+            torch.set_rng_state(runs[0][2])
+            torch.cuda.set_rng_state(runs[0][1])
+    assert same(runs[0], runs[1])

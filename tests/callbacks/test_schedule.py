@@ -291,3 +291,19 @@ def test_more_epochs_with_the_same_trainer() -> None:
     trainer.fit_loop.max_epochs = 4
     trainer.fit(module, toy_loader())
     assert snapshots(callback) == [(0, 7), (1, 14), (2, 21), (3, 28)]
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument")
+def test_training_step_that_fetches_its_batches() -> None:
+    """The last batch is only known once the loader is spent."""
+
+    class Fetching(Toy):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            batch, _, _ = next(dataloader_iter)
+            return super().training_step(batch, 0)
+
+    callback = Counting()
+    trainer = make_trainer(callback, max_epochs=4)
+    trainer.fit(make_module(kind=Fetching), toy_loader(), toy_loader(seed=2))
+    assert snapshots(callback) == [(0, 7), (1, 14), (2, 21), (3, 28)]
