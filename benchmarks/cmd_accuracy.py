@@ -240,6 +240,22 @@ def _versus(mine: list[float], theirs: list[float]) -> str:
     return f"{mean(mine) - mean(theirs):+.2f} ({wins}-{len(mine) - wins - losses}-{losses})"
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return the table of the README: accuracy of each method (rows) in each case (columns)."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['data']}, {row['schedule']}", []).append(row)
+    lines = ["| weights | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
+    for name in rows[0]["accuracy"]:
+        cells = []
+        for group in groups.values():
+            values = [100 * row["accuracy"][name] for row in group]
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.1f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing from the result file, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -248,6 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=[case.data for case in CASES], help="one data set")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table only")
     parser.add_argument("--out", type=Path, help="result file; default results/cmd_accuracy.jsonl")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -256,6 +273,9 @@ def main(arguments: list[str] | None = None) -> None:
     seeds = range(1 if options.quick else options.seeds)
     path = options.out or (None if options.quick else RESULTS / "cmd_accuracy.jsonl")
     rows = [json.loads(line) for line in path.open()] if path and path.exists() else []
+    if options.markdown:
+        Console(soft_wrap=True).print(markdown(rows), highlight=False, markup=False)
+        return
     done = {(json.dumps(row["case"]), row["schedule"], row["seed"]) for row in rows}
     todo = [
         (case, schedule, seed)
