@@ -109,6 +109,9 @@ def train_once(
         seed=seed,
     )
     images, labels = whole(data.train)
+    # Image folders come sorted by class, and a batch of one class has no representative statistics.
+    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    images, labels = images[mixed], labels[mixed]
     images_left, labels_left = whole(data.test)
     # One fixed random part of a large test set: 25 variants are evaluated on it in every run.
     part = torch.randperm(len(labels_left), generator=torch.Generator().manual_seed(0))[:TEST_LIMIT]
