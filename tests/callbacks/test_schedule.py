@@ -95,6 +95,21 @@ def test_sanity_check_is_not_a_validation() -> None:
     assert callback.events == [("sanity", 0, 0), ("snapshot", 0, 7), ("validation", 0, 7)]
 
 
+def test_sanity_check_of_a_fitted_module_shows_raw_weights() -> None:
+    callback = Counting(evaluate="modelled")
+    module = make_module()
+    make_trainer(callback, max_epochs=3).fit(module, toy_loader(), toy_loader(seed=2))
+    callback.events.clear()
+    make_trainer(callback, max_epochs=1).fit(module, toy_loader(), toy_loader(seed=2))
+    assert callback.events == [
+        ("sanity", 0, 0),
+        ("snapshot", 0, 7),
+        ("show", 0, 7),
+        ("validation", 0, 7),
+        ("hide",),
+    ]
+
+
 class Stream(IterableDataset):
     """A data set without a length."""
 
