@@ -139,9 +139,10 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def training(model: nn.Module, modes: OnlineModes | None, epochs: int, start: int = 0) -> None:
-    """Train and follow; epoch numbers seed the batches, so a run can be continued."""
+    """Train and follow; epoch numbers seed batches and dropout, so that two runs are equal."""
     optimizer = sgd(model)
     for epoch in range(start, start + epochs):
+        torch.manual_seed(epoch)
         train_step(model, optimizer, epoch)
         if modes is not None:
             modes.update()
