@@ -1,6 +1,7 @@
 """Instruments for training runs and trained networks.
 
-Importing this package is cheap: the rooms (``cmd_plugin.modes``, ``cmd_plugin.callbacks``, ...) are imported when first used.
+Importing this package is cheap: the rooms (``cmd_plugin.modes``, ``cmd_plugin.callbacks``, ...) are
+imported when first used.
 """
 
 from __future__ import annotations

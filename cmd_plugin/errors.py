@@ -1,7 +1,7 @@
 """Exceptions the package raises on purpose, and the one helper for optional packages.
 
-Every message is one sentence that says what was wrong, with which file or argument, and what to do. The command line turns
-:class:`InputError` into exit code 2; anything else is a fault of ours.
+Every message is one sentence that says what was wrong, with which file or argument, and what to do.
+The command line turns :class:`InputError` into exit code 2; anything else is a fault of ours.
 """
 
 from __future__ import annotations
@@ -60,6 +60,6 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is not None and not module.startswith(error.name):
             raise
         message = (
-            f"{module!r} is needed here but not installed: run pip install \"cmd-plugin[{extra}]\"."
+            f'{module!r} is needed here but not installed: run pip install "cmd-plugin[{extra}]".'
         )
         raise MissingDependency(message) from error

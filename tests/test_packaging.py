@@ -116,6 +116,7 @@ def test_wheel_says_what_it_is(unpacked: Path) -> None:
         "clip",
         "diffusion",
         "docs",
+        "fast",
         "federated",
         "points",
         "test",

@@ -89,7 +89,7 @@ def train(
     ] = 32,
     epochs: Annotated[
         int, typer.Option(help="Epochs of each seed.", rich_help_panel=_TRAINING)
-    ] = 40,
+    ] = 30,
     seeds: Annotated[
         int,
         typer.Option(
@@ -107,7 +107,7 @@ def train(
             help="Epochs CMD only watches; modes are fitted after the next one.",
             rich_help_panel=_METHODS,
         ),
-    ] = 15,
+    ] = 10,
     modes: Annotated[
         int, typer.Option(help="Number of modes, 1 to 256.", rich_help_panel=_METHODS)
     ] = 10,
@@ -146,7 +146,11 @@ def train(
     ] = "recalibrate",
     ema_decay: Annotated[
         float,
-        typer.Option(help="Decay of the EMA at each step.", rich_help_panel=_METHODS),
+        typer.Option(
+            help="Decay of the EMA at each step; it remembers about 1/(1-decay) steps, which "
+            "should be far fewer than the run has.",
+            rich_help_panel=_METHODS,
+        ),
     ] = 0.99,
     threads: Annotated[
         int | None,
@@ -232,10 +236,11 @@ def train(
                 result = run_comparison(
                     config, out, resume=resume, overwrite=overwrite, progress=progress
                 )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as stopped:
             message = f"interrupted: finished epochs are kept in {out}; add --resume to go on."
             typer.echo(message, err=True)
-            raise typer.Exit(130) from None
+            # Ctrl-C, or the end of the program that Lightning makes of a SIGTERM
+            raise typer.Exit(130 if isinstance(stopped, KeyboardInterrupt) else 143) from None
     if as_json:
         typer.echo(json.dumps(result.summary, indent=2, allow_nan=False))
     else:

@@ -75,8 +75,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     schedule: str = "constant"
     batch_size: int = 32
-    epochs: int = 40
-    warmup: int = 15
+    epochs: int = 30
+    warmup: int = 10
     modes: int = 10
     samples: int = 1000
     seeds: int = 3

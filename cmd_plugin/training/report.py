@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -123,7 +124,8 @@ def plot_accuracy(rows: Sequence[Row], warmup: int, axes: Axes) -> None:
             column = int(np.searchsorted(epochs, row.epoch))
             table[seeds.index(row.seed), column] = 100.0 * row.score.accuracy
         mean = np.nanmean(table, axis=0)
-        axes.plot(epochs, mean, **_STYLES[variant])
+        marker = "o" if len(epochs) == 1 else None  # a line needs two points
+        axes.plot(epochs, mean, marker=marker, **_STYLES[variant])
         low, high = mean, mean
         if len(seeds) > 1:
             spread = np.nanstd(table, axis=0, ddof=1)
@@ -135,12 +137,21 @@ def plot_accuracy(rows: Sequence[Row], warmup: int, axes: Axes) -> None:
         highest = max(highest, *high[seen])
     margin = max(0.08 * (highest - lowest), 0.2)
     axes.set_ylim(lowest - margin, highest + margin)
-    axes.set_xlim(0, last)
+    axes.set_xlim(0, 1.015 * last)
     axes.axvspan(0, warmup, color="black", alpha=0.045, linewidth=0)
-    place = {"ha": "center", "va": "bottom", "color": "0.35", "fontsize": "small"}
-    axes.text(warmup / 2, 0.01, "CMD warm-up", transform=axes.get_xaxis_transform(), **place)  # type: ignore[arg-type]
+    axes.text(
+        warmup / 2,
+        0.985,
+        "CMD warm-up",
+        transform=axes.get_xaxis_transform(),
+        ha="center",
+        va="top",
+        color="0.35",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.5},
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(loc="lower right", framealpha=0.9)
+    axes.legend(loc="best", framealpha=0.9)
     spread_note = " (mean ± std over seeds)" if len(seeds) > 1 else ""
     axes.set(
         xlabel="epoch",
