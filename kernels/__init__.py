@@ -8,13 +8,21 @@ if __name__ != "cmd_plugin.kernels":
 
 from cmd_plugin.kernels.assign_and_fit import AffineFit, assign_and_fit
 from cmd_plugin.kernels.flat_view import FlatView
+from cmd_plugin.kernels.point_importance import (
+    PointScores,
+    normalised_entropy,
+    point_importance,
+)
 from cmd_plugin.kernels.reconstruct import reconstruct, reconstruct_into
 from cmd_plugin.kernels.update_affine import update_affine
 
 __all__ = [
     "AffineFit",
     "FlatView",
+    "PointScores",
     "assign_and_fit",
+    "normalised_entropy",
+    "point_importance",
     "reconstruct",
     "reconstruct_into",
     "update_affine",
