@@ -1,6 +1,7 @@
 """What point-cloud networks look at, and how that makes them robust."""
 
 from cmd_plugin.pointcloud._interception import channels_first
+from cmd_plugin.pointcloud.adversarial import SubsetDefence, gradient_attack, query_attack
 from cmd_plugin.pointcloud.clouds import PointClouds, unit_sphere
 from cmd_plugin.pointcloud.focus import FocusReference
 from cmd_plugin.pointcloud.importance import ImportanceHead, PointImportance, point_importance
@@ -27,12 +28,15 @@ __all__ = [
     "PointClouds",
     "PointImportance",
     "Refocused",
+    "SubsetDefence",
     "build_network",
     "channels_first",
+    "gradient_attack",
     "importance_order",
     "kept_count",
     "kept_mask",
     "point_importance",
+    "query_attack",
     "refocus",
     "remove_outliers",
     "shape_clouds",
