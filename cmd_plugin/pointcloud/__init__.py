@@ -1,5 +1,24 @@
 """What point-cloud networks look at, and how that makes them robust."""
 
-from cmd_plugin.pointcloud.corruptions import CORRUPTIONS, corrupt
+from cmd_plugin.pointcloud.corruption_error import (
+    CorruptionError,
+    CorruptionErrors,
+    mean_corruption_error,
+)
+from cmd_plugin.pointcloud.corruptions import CORRUPTIONS, corrupt, shuffle_points
+from cmd_plugin.pointcloud.drop_curves import DropCurve, perturbed_logits, random_scores
+from cmd_plugin.pointcloud.outlier_metrics import cloud_bootstrap, outlier_metrics
 
-__all__ = ["CORRUPTIONS", "corrupt"]
+__all__ = [
+    "CORRUPTIONS",
+    "CorruptionError",
+    "CorruptionErrors",
+    "DropCurve",
+    "cloud_bootstrap",
+    "corrupt",
+    "mean_corruption_error",
+    "outlier_metrics",
+    "perturbed_logits",
+    "random_scores",
+    "shuffle_points",
+]
