@@ -1,5 +1,6 @@
 """What point-cloud networks look at, and how that makes them robust."""
 
+from cmd_plugin.pointcloud.clouds import PointClouds, unit_sphere
 from cmd_plugin.pointcloud.corruption_error import (
     CorruptionError,
     CorruptionErrors,
@@ -7,18 +8,25 @@ from cmd_plugin.pointcloud.corruption_error import (
 )
 from cmd_plugin.pointcloud.corruptions import CORRUPTIONS, corrupt, shuffle_points
 from cmd_plugin.pointcloud.drop_curves import DropCurve, perturbed_logits, random_scores
+from cmd_plugin.pointcloud.networks import build_network
 from cmd_plugin.pointcloud.outlier_metrics import cloud_bootstrap, outlier_metrics
+from cmd_plugin.pointcloud.shapes import SHAPE_CLASSES, shape_clouds
 
 __all__ = [
     "CORRUPTIONS",
+    "SHAPE_CLASSES",
     "CorruptionError",
     "CorruptionErrors",
     "DropCurve",
+    "PointClouds",
+    "build_network",
     "cloud_bootstrap",
     "corrupt",
     "mean_corruption_error",
     "outlier_metrics",
     "perturbed_logits",
     "random_scores",
+    "shape_clouds",
     "shuffle_points",
+    "unit_sphere",
 ]
