@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
 
-__all__ = ["CounterRandom", "check_seed", "philox", "sample_index"]
+__all__ = ["CounterRandom", "check_seed", "derived_seed", "philox", "sample_index"]
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -78,6 +78,18 @@ def philox(
         )
         key = [(key[0] + _WEYL[0]) & _LOW, (key[1] + _WEYL[1]) & _LOW]
     return c0, c1, c2, c3
+
+
+def derived_seed(seed: int, *numbers: int) -> int:
+    """Return a seed in [0, 2^63) that is a hash of another seed and of numbers below 2^32.
+
+    Args:
+        seed: In [0, 2^63).
+        *numbers: For example epoch and round; at most three.
+    """
+    a, b, c = (torch.tensor(number) for number in (*numbers, 0, 0, 0)[:3])
+    low, high, _, _ = philox(check_seed(seed), a, b, c, torch.tensor(len(numbers)))
+    return int(low) | (int(high) & 0x7FFFFFFF) << 32
 
 
 class CounterRandom:

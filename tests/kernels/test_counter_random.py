@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
-from cmd_plugin.kernels.counter_random import CounterRandom, check_seed, philox, sample_index
+from cmd_plugin.kernels.counter_random import (
+    CounterRandom,
+    check_seed,
+    derived_seed,
+    philox,
+    sample_index,
+)
 
 
 @pytest.mark.parametrize(
@@ -101,3 +107,10 @@ def test_sample_numbers() -> None:
             sample_index(bad, 2, cpu)
     with pytest.raises(InputError, match="negative"):
         sample_index(torch.tensor([0, -1]), 2, cpu)
+
+
+def test_derived_seeds_are_seeds_and_all_differ() -> None:
+    seeds = {derived_seed(seed, *parts) for seed in (0, 1) for parts in ((), (0,), (0, 0), (1, 2))}
+    assert len(seeds) == 8
+    for seed in seeds:
+        check_seed(seed)

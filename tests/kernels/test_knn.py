@@ -38,7 +38,10 @@ def test_equals_the_specification(
         assert torch.equal(result.positions, positions)
         assert result.squared.dtype == dtype
         number = torch.finfo(dtype)
-        allowed = {"rtol": (axes + 2) * number.eps, "atol": number.tiny * number.eps}  # atol: subnormal
+        allowed = {
+            "rtol": (axes + 2) * number.eps,
+            "atol": number.tiny * number.eps,
+        }  # atol: subnormal
         assert torch.allclose(result.squared.double(), squared, **allowed)
 
 
