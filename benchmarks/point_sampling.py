@@ -101,10 +101,10 @@ def measure(batch: int, size: int, repeats: int) -> dict[str, Any]:
             ),
             "walks": lambda: curve_walk(table, anchors, SIZE),
             "4 anchors, torch": lambda: farthest_point_sampling(points, 4, backend="torch"),
-            "512 farthest points, torch": lambda: farthest_point_sampling(
+            "N / 2 farthest points, torch": lambda: farthest_point_sampling(
                 points, size // 2, backend="torch"
             ),
-            "512 farthest points, fpsample": lambda: farthest_point_sampling(
+            "N / 2 farthest points, fpsample": lambda: farthest_point_sampling(
                 points, size // 2, backend="fpsample"
             ),
         },
