@@ -11,6 +11,11 @@ from cmd_plugin.kernels.curve_walk import curve_walk
 from cmd_plugin.kernels.farthest_point_sampling import farthest_point_sampling
 from cmd_plugin.kernels.flat_view import FlatView
 from cmd_plugin.kernels.knn import Neighbours, knn
+from cmd_plugin.kernels.point_importance import (
+    PointScores,
+    normalised_entropy,
+    point_importance,
+)
 from cmd_plugin.kernels.reconstruct import reconstruct, reconstruct_into
 from cmd_plugin.kernels.update_affine import update_affine
 
@@ -18,10 +23,13 @@ __all__ = [
     "AffineFit",
     "FlatView",
     "Neighbours",
+    "PointScores",
     "assign_and_fit",
     "curve_walk",
     "farthest_point_sampling",
     "knn",
+    "normalised_entropy",
+    "point_importance",
     "reconstruct",
     "reconstruct_into",
     "update_affine",

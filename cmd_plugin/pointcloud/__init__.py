@@ -1,5 +1,6 @@
 """What point-cloud networks look at, and how that makes them robust."""
 
+from cmd_plugin.pointcloud._interception import channels_first
 from cmd_plugin.pointcloud.clouds import PointClouds, unit_sphere
 from cmd_plugin.pointcloud.corruption_error import (
     CorruptionError,
@@ -10,8 +11,23 @@ from cmd_plugin.pointcloud.corruptions import CORRUPTIONS, corrupt, shuffle_poin
 from cmd_plugin.pointcloud.diversity import Diversity, EnsembleDiversity
 from cmd_plugin.pointcloud.drop_curves import DropCurve, perturbed_logits, random_scores
 from cmd_plugin.pointcloud.epic import EPiC, Votes
+from cmd_plugin.pointcloud.focus import FocusReference
+from cmd_plugin.pointcloud.importance import ImportanceHead, PointImportance, point_importance
 from cmd_plugin.pointcloud.networks import build_network
 from cmd_plugin.pointcloud.outlier_metrics import cloud_bootstrap, outlier_metrics
+from cmd_plugin.pointcloud.outliers import (
+    remove_outliers,
+    statistical_outliers,
+    statistical_scores,
+)
+from cmd_plugin.pointcloud.refocus import (
+    Refocused,
+    importance_order,
+    kept_count,
+    kept_mask,
+    refocus,
+    uncritical_subset,
+)
 from cmd_plugin.pointcloud.shapes import SHAPE_CLASSES, shape_clouds
 from cmd_plugin.pointcloud.view_training import EPiCTraining, ViewTraining
 
@@ -25,17 +41,31 @@ __all__ = [
     "EPiC",
     "EPiCTraining",
     "EnsembleDiversity",
+    "FocusReference",
+    "ImportanceHead",
     "PointClouds",
+    "PointImportance",
+    "Refocused",
     "ViewTraining",
     "Votes",
     "build_network",
+    "channels_first",
     "cloud_bootstrap",
     "corrupt",
+    "importance_order",
+    "kept_count",
+    "kept_mask",
     "mean_corruption_error",
     "outlier_metrics",
     "perturbed_logits",
+    "point_importance",
     "random_scores",
+    "refocus",
+    "remove_outliers",
     "shape_clouds",
     "shuffle_points",
+    "statistical_outliers",
+    "statistical_scores",
+    "uncritical_subset",
     "unit_sphere",
 ]
