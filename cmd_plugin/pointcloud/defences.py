@@ -173,7 +173,6 @@ def train_defences(
         NonFiniteError: If a loss becomes NaN or infinite.
     """
     defences = initial_defences(make, data.points.shape[1], seed)
-    settings = {"rounds": rounds, "batch_size": batch_size}
     optimizer = partial(_adam, learning_rate=learning_rate, weight_decay=weight_decay)
     total, done = 5 * epochs, 0
 
@@ -183,17 +182,20 @@ def train_defences(
 
     seeds = [derived_seed(seed, number, 2) for number in range(3)]
     subset = partial(_uncritical, defences.subset, max(1, defences.points // 4))
-    ViewTraining(defences.plain, data, epochs, optimizer=optimizer, seed=seeds[0], **settings).run(
-        progress=tell
-    )
+    whole = partial(ViewTraining, data=data, epochs=epochs, rounds=rounds, batch_size=batch_size)
+    whole(defences.plain, optimizer=optimizer, seed=seeds[0]).run(progress=tell)
     done = epochs
     EPiCTraining(
-        defences.ensemble, data, epochs, optimizer=optimizer, seed=seeds[1], **settings
+        defences.ensemble,
+        data,
+        epochs,
+        rounds=rounds,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        seed=seeds[1],
     ).run(progress=tell)
     done = 4 * epochs
-    ViewTraining(
-        defences.subset, data, epochs, view=subset, optimizer=optimizer, seed=seeds[2], **settings
-    ).run(progress=tell)
+    whole(defences.subset, view=subset, optimizer=optimizer, seed=seeds[2]).run(progress=tell)
     return defences.eval()
 
 
