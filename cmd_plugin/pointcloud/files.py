@@ -90,12 +90,10 @@ def resampled(cloud: Tensor, points: int, seed: int = 0) -> Tensor:
 
 
 def _read_array(path: Path) -> Array:
-    if path.suffix == ".gz":
-        with gzip.open(path) as unpacked:
-            array: Array = np.load(unpacked, allow_pickle=False)
-        return array
-    array = np.load(path, allow_pickle=False)
-    return array
+    if path.suffix != ".gz":
+        return np.asarray(np.load(path, allow_pickle=False))
+    with gzip.open(path) as unpacked:
+        return np.asarray(np.load(unpacked, allow_pickle=False))
 
 
 def _read_mesh(path: Path, points: int, seed: int) -> Array:

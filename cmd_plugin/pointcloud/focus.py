@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmd_plugin.errors import InputError, NonFiniteError, StateMismatch
 
-__all__ = ["FocusReference"]
+__all__ = ["FocusReference", "focus_alarms"]
 
 _BINS = 1 << 16
 _SCHEMA = "cmd_plugin.pointcloud.FocusReference/1"
@@ -148,3 +148,17 @@ def _median(values: Tensor, counts: Tensor) -> float:
     running = counts.cumsum(0)
     half = (running[-1] + 1) // 2
     return float(values[int(torch.searchsorted(running, half))])
+
+
+def focus_alarms(entropy: Tensor, limit: float = 5.0) -> Tensor:
+    """Which clouds of a batch have an entropy far from the others', [B] bool.
+
+    Far is more than ``limit`` median absolute deviations from the median; without a reference this
+    finds single odd clouds, not a batch that is odd as a whole.
+
+    Args:
+        entropy: [B] normalised entropies.
+        limit: In median absolute deviations.
+    """
+    distance = (entropy.double() - entropy.double().median()).abs()
+    return distance > limit * distance.median().clamp_min(0.5 / _BINS)
