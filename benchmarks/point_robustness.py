@@ -31,12 +31,11 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.machine import RESULTS, describe_machine
-from cmd_plugin.pointcloud import PointClouds, shape_clouds
 from cmd_plugin.pointcloud.defences import train_defences
-from cmd_plugin.pointcloud.files import load_voxels, voxel_clouds
 from cmd_plugin.pointcloud.networks import DGCNN, PointNet
 from cmd_plugin.pointcloud.robustness import corrupted_sets, evaluate_corruptions
 from cmd_plugin.pointcloud.robustness_plots import draw_report
+from cmd_plugin.training.point_data import load_point_data
 
 POINTS = 256
 TRAIN, TEST = 240, 48
@@ -55,39 +54,10 @@ TRAINING: dict[str, dict[str, Any]] = {
 PATH = RESULTS / "point_robustness.json"
 
 
-def load(name: str, seed: int, root: Path | None) -> tuple[PointClouds, PointClouds]:
-    """Return training and test clouds; the test clouds of ModelNet10 are the last of each file."""
-    if name == "shapes":
-        return (
-            shape_clouds(TRAIN, POINTS, seed),
-            shape_clouds(TEST, POINTS, seed, "test"),
-        )
-    assert root is not None
-    sets: list[list[PointClouds]] = [[], []]
-    classes = ("chair", "monitor")
-    for label, shape in enumerate(classes):
-        grids = load_voxels(root / "pointcloud" / f"modelnet10_{shape}_voxels.npy.gz")
-        parts = grids[: TRAIN // 2], grids[-TEST // 2 :]
-        for into, part in zip(sets, parts, strict=True):
-            labels = torch.full((len(part),), label)
-            clouds = voxel_clouds(part, POINTS, seed)
-            into.append(PointClouds(clouds, labels, classes, "ModelNet10 chairs and monitors"))
-    train, test = (
-        PointClouds(
-            torch.cat([part.points for part in parts]),
-            torch.cat([part.labels for part in parts]),
-            classes,
-            parts[0].name,
-        )
-        for parts in sets
-    )
-    return train, test
-
-
 def run_cell(network: str, data: str, seed: int, root: Path | None, bars: Progress) -> Any:
     """Train and evaluate one cell of the benchmark; (numbers, report)."""
     make, _ = NETWORKS[network]
-    train, test = load(data, seed, root)
+    train, test = load_point_data(data, root, POINTS, TRAIN, TEST, seed)
     started = time.process_time()
     task = bars.add_task(f"train {network} on {data}, seed {seed}", total=None)
     defences = train_defences(
@@ -254,16 +224,16 @@ def main() -> None:
     with Progress(console=Console(stderr=True), disable=not console.is_terminal) as bars:
         for seed in arguments.seeds:
             for network in arguments.networks:
-                for data in ("shapes", *(() if root is None else ("modelnet10",))):
+                for data in ("shapes", *(() if root is None else ("chairs-monitors",))):
                     key = {"network": network, "data": data, "seed": seed}
                     if any(key.items() <= cell.items() for cell in cells):
                         continue
                     cell, report = run_cell(network, data, seed, root, bars)
                     cells.append(cell)
-                    if seed == arguments.seeds[0]:
-                        title = f"{network} on {data}, {POINTS} points, seed {seed}"
-                        figure = draw_report(report, title)
-                        figure.savefig(RESULTS / f"point_robustness_{network}_{data}.png")
+                    figure = draw_report(
+                        report, f"{network} on {data}, {POINTS} points, seed {seed}"
+                    )
+                    figure.savefig(RESULTS / f"point_robustness_{network}_{data}.png")
                     save(settings, cells)
     show(summarise(cells), console)
     console.print(f"wrote {PATH}", highlight=False)
