@@ -7,7 +7,10 @@ if __name__ != "cmd_plugin.kernels":
     )
 
 from cmd_plugin.kernels.assign_and_fit import AffineFit, assign_and_fit
+from cmd_plugin.kernels.curve_walk import curve_walk
+from cmd_plugin.kernels.farthest_point_sampling import farthest_point_sampling
 from cmd_plugin.kernels.flat_view import FlatView
+from cmd_plugin.kernels.knn import Neighbours, knn
 from cmd_plugin.kernels.point_importance import (
     PointScores,
     normalised_entropy,
@@ -19,8 +22,12 @@ from cmd_plugin.kernels.update_affine import update_affine
 __all__ = [
     "AffineFit",
     "FlatView",
+    "Neighbours",
     "PointScores",
     "assign_and_fit",
+    "curve_walk",
+    "farthest_point_sampling",
+    "knn",
     "normalised_entropy",
     "point_importance",
     "reconstruct",
