@@ -155,7 +155,7 @@ def choose_pool(pools: list[Pool], wanted: int | None) -> Pool | None:
     maxima = [pool for pool in pools if pool.is_max and pool.group == pools[-1].group]
     if not maxima:
         return pools[-1]
-    if not all(_same_tensor(pool, maxima[0]) for pool in maxima):
+    if not all(_same_tensor(pool, maxima[0]) for pool in maxima[1:]):
         raise InputError(
             f"several pools feed the head, choose one by pool=NUMBER: {listed(pools)}."
         )
