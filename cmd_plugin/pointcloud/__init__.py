@@ -1,6 +1,7 @@
 """What point-cloud networks look at, and how that makes them robust."""
 
 from cmd_plugin.pointcloud._interception import channels_first
+from cmd_plugin.pointcloud.adversarial import SubsetDefence, gradient_attack, query_attack
 from cmd_plugin.pointcloud.clouds import PointClouds, unit_sphere
 from cmd_plugin.pointcloud.corruption_error import (
     CorruptionError,
@@ -46,12 +47,14 @@ __all__ = [
     "PointClouds",
     "PointImportance",
     "Refocused",
+    "SubsetDefence",
     "ViewTraining",
     "Votes",
     "build_network",
     "channels_first",
     "cloud_bootstrap",
     "corrupt",
+    "gradient_attack",
     "importance_order",
     "kept_count",
     "kept_mask",
@@ -59,6 +62,7 @@ __all__ = [
     "outlier_metrics",
     "perturbed_logits",
     "point_importance",
+    "query_attack",
     "random_scores",
     "refocus",
     "remove_outliers",

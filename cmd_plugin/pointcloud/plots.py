@@ -44,7 +44,7 @@ def plot_cloud(points: Tensor, scores: Tensor, ax: Any, *, up: int = 2) -> Any:
     reach = float((places.max(axis=0) - places.min(axis=0)).max()) / 2 or 1.0
     limits = [(float(m - reach), float(m + reach)) for m in middle]
     ax.set(xlim=limits[0], ylim=limits[1], zlim=limits[2])
-    ax.set_box_aspect((1, 1, 1))
+    ax.set_box_aspect((1, 1, 1), zoom=1.3)
     ax.view_init(elev=20.0, azim=-60.0)
     ax.set_axis_off()
     return drawn
