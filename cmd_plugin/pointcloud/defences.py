@@ -207,7 +207,7 @@ def initial_defences(make: Callable[[], nn.Module], points: int, seed: int) -> D
         points: Number of points of the clean clouds.
         seed: Of the weights and of EPiC's samples.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # networks are made on the CPU
         torch.manual_seed(derived_seed(seed, 0, 1))
         plain = make()
         ensemble = EPiC(make, sizes=scaled_sizes(points), seed=seed)
