@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
+from cmd_plugin.kernels._point_backend import choose
 from cmd_plugin.kernels.point_importance import _blocked, reference
 
 __all__ = ["PointScores", "normalised_entropy", "point_importance"]
@@ -36,6 +37,7 @@ def point_importance(
     order: float = 1.0,
     ties: Literal["first", "split"] = "first",
     wins: bool = True,
+    backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> PointScores:
     r"""Score the tokens whose features X [B, F, M] a maximum over M reduces to [B, F].
 
@@ -54,14 +56,25 @@ def point_importance(
             index; ``"split"`` gives each an equal share, which alone is independent of the order
             of the tokens.
         wins: Whether to count.
+        backend: ``"triton"`` reads the features once (CUDA; counts with ``ties="first"`` only),
+            ``"torch"`` works everywhere; ``"auto"`` takes the first where it can.
 
     Raises:
         ShapeError: If shapes or dtypes do not fit.
-        InputError: If ``order`` or ``ties`` is unknown.
+        InputError: If ``order`` or ``ties`` is unknown, or the backend cannot run on these.
+        MissingDependency: If ``backend="triton"`` and Triton is not installed.
     """
     _check(features, mask, order, ties)
     features = features.detach()
     split = wins and ties == "split"
+    if backend == "triton" and split:
+        raise InputError("backend='triton' gives ties to the first token: use 'auto' to split.")
+    used = choose("point_importance", backend, features.device, triton=not split)
+    if used == "triton":
+        # Imported here: only who has a GPU needs Triton.
+        from cmd_plugin.kernels.point_importance import _triton
+
+        return PointScores(*_triton.point_importance(features, mask, order, wins=wins))
     if features.device.type != "cpu":
         norm = reference.norms(features, mask, order)
         return PointScores(norm, reference.wins(features, mask, ties) if wins else None)
