@@ -13,6 +13,7 @@ from cmd_plugin.kernels.flat_view import FlatView
 from cmd_plugin.kernels.knn import Neighbours, knn
 from cmd_plugin.kernels.point_importance import (
     PointScores,
+    entropy_parts,
     normalised_entropy,
     point_importance,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "PointScores",
     "assign_and_fit",
     "curve_walk",
+    "entropy_parts",
     "farthest_point_sampling",
     "knn",
     "normalised_entropy",

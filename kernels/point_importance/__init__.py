@@ -12,7 +12,7 @@ from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.kernels._point_backend import choose
 from cmd_plugin.kernels.point_importance import _blocked, reference
 
-__all__ = ["PointScores", "normalised_entropy", "point_importance"]
+__all__ = ["PointScores", "entropy_parts", "normalised_entropy", "point_importance"]
 
 _SMOOTHING = 1e-6  # added to every count before the entropy, as in the authors' code
 
@@ -84,6 +84,32 @@ def point_importance(
     return PointScores(norm, _blocked.wins(features, mask) if wins else None)
 
 
+def entropy_parts(wins: Tensor, mask: Tensor | None = None, *, bits: bool = False) -> Tensor:
+    r"""Each token's part of the entropy of the counts, :math:`-p_i \log_2 p_i / \log_2 M`.
+
+    Args:
+        wins: [B, M] counts.
+        mask: [B, M] bool, True for real tokens; the others have no part.
+        bits: Do not divide by :math:`\log_2 M`.
+
+    Returns:
+        [B, M] float64.
+
+    Raises:
+        ShapeError: If the shapes do not fit.
+    """
+    if wins.ndim != 2 or (mask is not None and mask.shape != wins.shape):
+        raise ShapeError(f"wins and mask must both be [B, M], got {tuple(wins.shape)}.")
+    real = torch.ones_like(wins, dtype=torch.bool) if mask is None else mask
+    smooth = (wins.double() + _SMOOTHING).masked_fill(~real, 0.0)
+    share = smooth / smooth.sum(dim=1, keepdim=True)
+    parts: Tensor = -torch.special.xlogy(share, share) / math.log(2.0)
+    if bits:
+        return parts
+    tokens = real.sum(dim=1, keepdim=True).double()
+    return torch.where(tokens > 1, parts / tokens.log2(), share)
+
+
 def normalised_entropy(wins: Tensor, mask: Tensor | None = None, *, bits: bool = False) -> Tensor:
     r"""Entropy of the counts: 1 if all tokens win alike, near 0 if one wins everything.
 
@@ -104,17 +130,7 @@ def normalised_entropy(wins: Tensor, mask: Tensor | None = None, *, bits: bool =
     Raises:
         ShapeError: If the shapes do not fit.
     """
-    if wins.ndim != 2 or (mask is not None and mask.shape != wins.shape):
-        raise ShapeError(f"wins and mask must both be [B, M], got {tuple(wins.shape)}.")
-    smooth = wins.double() + _SMOOTHING
-    if mask is not None:
-        smooth = smooth.masked_fill(~mask, 0.0)
-    share = smooth / smooth.sum(dim=1, keepdim=True)
-    entropy: Tensor = -torch.special.xlogy(share, share).sum(dim=1) / math.log(2.0)
-    if bits:
-        return entropy
-    tokens = torch.full_like(entropy, wins.shape[1]) if mask is None else mask.sum(dim=1).double()
-    return torch.where(tokens > 1, entropy / tokens.log2(), torch.ones_like(entropy))
+    return entropy_parts(wins, mask, bits=bits).sum(dim=1)
 
 
 def _check(features: Tensor, mask: Tensor | None, order: float, ties: str) -> None:
