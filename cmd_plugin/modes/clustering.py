@@ -44,7 +44,7 @@ def row_distances(correlation: Tensor) -> np.ndarray[tuple[int], np.dtype[np.flo
         [K (K-1) / 2] float64.
     """
     count = correlation.shape[0]
-    squares = torch.linalg.vector_norm(correlation, dim=1).square_()  # without a second K x K matrix
+    squares = torch.linalg.vector_norm(correlation, dim=1).square()  # no second K x K matrix
     condensed = torch.empty(count * (count - 1) // 2, dtype=torch.float64)
     at = 0
     for start in range(0, count, _ROWS):

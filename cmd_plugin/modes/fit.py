@@ -91,4 +91,5 @@ def sum_in_double(values: Tensor) -> float:
     PyTorch's own ``sum(dtype=float64)`` converts the whole tensor first, which at N weights is the
     largest temporary of a decomposition.
     """
-    return sum(float(part.sum(dtype=torch.float64)) for part in values.reshape(-1).split(BLOCK))
+    parts = torch.split(values.reshape(-1), BLOCK)
+    return sum(float(part.sum(dtype=torch.float64)) for part in parts)
