@@ -1,4 +1,4 @@
-"""Memory-bound primitives: a folder each, with a reference, a fast CPU path and one function."""
+"""Memory-bound primitives: a folder each, with a reference, fast paths and one function."""
 
 if __name__ != "cmd_plugin.kernels":
     raise ImportError(
@@ -6,16 +6,25 @@ if __name__ != "cmd_plugin.kernels":
         "write 'from cmd_plugin.kernels import ...'."
     )
 
+from cmd_plugin.kernels._dispatch import last_backend
 from cmd_plugin.kernels.assign_and_fit import AffineFit, assign_and_fit
 from cmd_plugin.kernels.flat_view import FlatView
 from cmd_plugin.kernels.reconstruct import reconstruct, reconstruct_into
+from cmd_plugin.kernels.snapshot_delta import snapshot_delta
+from cmd_plugin.kernels.swap import swap_in, swap_out
 from cmd_plugin.kernels.update_affine import update_affine
+from cmd_plugin.kernels.update_and_reconstruct import update_and_reconstruct
 
 __all__ = [
     "AffineFit",
     "FlatView",
     "assign_and_fit",
+    "last_backend",
     "reconstruct",
     "reconstruct_into",
+    "snapshot_delta",
+    "swap_in",
+    "swap_out",
     "update_affine",
+    "update_and_reconstruct",
 ]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
+from cmd_plugin.kernels.pointer_table import PointerTable
 
-__all__ = ["BLOCK", "FlatView"]
+__all__ = ["BLOCK", "FlatView", "Weights", "as_view", "tensors_of"]
 
 # 256 Ki float32 values: large enough that the cost of launching an operation (some microseconds)
 # vanishes, small enough that the two or three scratch vectors of a kernel stay in the last-level
@@ -69,6 +70,8 @@ class FlatView:
         self._pieces: list[list[_Piece]] = [[] for _ in range(-(-self.numel // block))]
         self._views: list[list[Tensor] | None] = []
         self._packed: FlatView | None = None
+        self._contiguous: list[_Piece] | None = None
+        self._table: PointerTable | None = None
         self._plan()
 
     def _plan(self) -> None:
@@ -90,6 +93,27 @@ class FlatView:
                 if tensor.is_contiguous() and tensor.dtype == self.dtype
             ]
             self._views.append(views if len(views) == len(pieces) else None)
+        if all(views is not None for views in self._views):
+            start = 0
+            self._contiguous = []
+            for view in (view for views in self._views for view in views or ()):
+                self._contiguous.append((view, start, start + view.numel()))
+                start += view.numel()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors themselves, detached: what operators on lists of tensors are given."""
+        return self._tensors
+
+    def empty_like(self) -> FlatView:
+        """Return a view of new, uninitialised tensors of the same shapes, dtypes and strides."""
+        return FlatView([torch.empty_like(t) for t in self._tensors], self.block, self.dtype)
+
+    def pointer_table(self) -> PointerTable:
+        """Return where every block of weights lies, for kernels that read all of them at once."""
+        if self._table is None:
+            self._table = PointerTable(self._tensors)
+        return self._table
 
     def is_current(self, tensors: Sequence[Tensor]) -> bool:
         """Whether this view still addresses these tensors: the same storage in the same order."""
@@ -137,20 +161,17 @@ class FlatView:
             at += b - a
         return scratch[:at]
 
-    def pieces(self) -> list[tuple[Tensor, int, int]] | None:
+    @property
+    def addressable(self) -> bool:
+        """Whether :meth:`pointer_table` can describe all tensors."""
+        return all(PointerTable.addressable(tensor) for tensor in self._tensors)
+
+    def pieces(self) -> list[_Piece] | None:
         """Return (values [n], start, stop) of the pieces that blocks are made of, all views.
 
         None if some tensor is not contiguous or of another dtype and would have to be copied.
         """
-        pieces: list[tuple[Tensor, int, int]] = []
-        start = 0
-        for views in self._views:
-            if views is None:
-                return None
-            for view in views:
-                pieces.append((view, start, start + view.numel()))
-                start += view.numel()
-        return pieces
+        return self._contiguous
 
     def write(self, number: int, values: Tensor) -> None:
         """Write [n] values into the tensors of a block, in place, rounding to their dtypes."""
@@ -192,13 +213,17 @@ class FlatView:
 
     def count_non_finite(self) -> int:
         """Return how many values are NaN or infinite, in one pass without a temporary of size N."""
+        if self.device.type != "cpu":
+            # One launch for all tensors and one answer to wait for. A norm is finite unless a value
+            # is not (or it overflows): the exact count is only taken then.
+            norms = torch._foreach_norm([t for t in self._tensors if t.numel()])
+            if not norms or bool(torch.isfinite(torch.stack([n.double() for n in norms])).all()):
+                return 0
         scratch = self.scratch()
         count = 0
         for number, _, _ in self.blocks():
             for values in self._views[number] or [self.read(number, scratch)]:
-                # The sum is finite unless a value is not (or it overflows): the exact count is
-                # only taken then.
-                if not math.isfinite(values.sum().item()):
+                if not math.isfinite(values.sum().item()):  # likewise
                     count += int((~torch.isfinite(values)).sum())
         return count
 
@@ -210,6 +235,21 @@ class FlatView:
             if len(bad):
                 return start + int(bad[0, 0])
         return None
+
+
+Weights = FlatView | Sequence[Tensor]
+
+
+def as_view(weights: Weights, dtype: torch.dtype | None = None) -> FlatView:
+    """Return the weights a kernel was given as a flat view: itself, or one of its tensors."""
+    return weights if isinstance(weights, FlatView) else FlatView(weights, dtype=dtype)
+
+
+def tensors_of(weights: Weights) -> list[Tensor]:
+    """Return the weights a kernel was given as a list of tensors, for its custom operator."""
+    if isinstance(weights, FlatView):
+        return weights.tensors
+    return [tensor.detach() for tensor in weights]
 
 
 def _rows(tensor: Tensor, a: int, b: int) -> tuple[Tensor, int]:

@@ -106,7 +106,7 @@ class Tracker:
         squares = update_affine(
             weights, self.mode, self.slope, self.mean, gain, blend, keep, self.total
         )
-        self.total_sum = keep * self.total_sum + (1.0 - blend) * squares
+        self.total_sum = keep * self.total_sum + (1.0 - blend) * float(squares)
         self.profile_mean = self.profile_mean + step * blend
         self.squares = keep * self.squares + step.square() * (1.0 - blend)
         self.count, self.profile = count, profile

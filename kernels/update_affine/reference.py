@@ -16,7 +16,7 @@ def update_affine(
     blend: float,
     decay: float = 1.0,
     total: Tensor | None = None,
-) -> float:
+) -> Tensor:
     """See :func:`cmd_plugin.kernels.update_affine`; ``weights`` [N] is a plain vector here."""
     innovation = weights.to(mean.dtype) - mean
     mean += blend * innovation
@@ -25,4 +25,4 @@ def update_affine(
     if total is not None:
         total *= decay
         total += (1 - blend) * innovation.square()
-    return float(innovation.double().square().sum())
+    return innovation.double().square().sum()
