@@ -171,7 +171,7 @@ def test_slots_of_embedded_weights(slots: Any, kind: str) -> None:
         p: {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}
         for p, state in optimizer.state.items()
     }
-    assert modes.project(optimizer=optimizer) == int(modes.embedded.sum())
+    assert modes.project(optimizers=[optimizer]) == int(modes.embedded.sum())
     masks = modes.layout.split(modes.embedded)
     zeroed = 0
     for name, p in net.named_parameters():
@@ -225,7 +225,7 @@ def test_oracle_18_stop_and_continue_anywhere(variant: str, stop: int, tmp_path:
                 assert same_state(modes.state_dict(), state["modes"])
             torch.manual_seed(epoch)
             train_step(net, optimizer, epoch)
-            modes.project(optimizer=optimizer)
+            modes.project(optimizers=[optimizer])
             modes.update()
         results.append((snapshot(net), modes))
     (weights, whole), (other_weights, parts) = results
