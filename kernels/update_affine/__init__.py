@@ -97,11 +97,11 @@ def update_affine(
         squares = _numba.update_affine(*arguments)
     else:
         squares = _blocked.update_affine(*arguments)
-    if not bool(squares.isfinite()):
-        # A short vector was checked first, and NaN says that it was not touched. Finite weights
-        # whose squares overflow are only found on the way, and their sum is infinite.
-        if view.numel > CHECKED_FIRST or bool(squares.isinf()):
-            revert_update(*arguments)
+    # A short vector was checked first: NaN says that it was not touched. Finite weights whose squares
+    # overflow are only found on the way, and their sum is infinite.
+    untouched = view.numel <= CHECKED_FIRST and bool(squares.isnan())
+    if not untouched and not bool(squares.isfinite()):
+        revert_update(*arguments)
     return squares
 
 
