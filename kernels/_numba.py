@@ -6,21 +6,23 @@ second vectorise. Functions get empty arrays for what is not asked for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from torch import Tensor
 
-__all__ = ["CHUNK", "array", "compiled", "model_chunk", "nothing", "numbers"]
+__all__ = ["CHUNK", "array", "compiled", "exact", "model_chunk", "nothing", "numbers"]
 
 CHUNK = 2048
 
 # Sums may be reordered (reassoc) so that they vectorise; nothing else is relaxed: NaN and Inf
 # count.
-compiled = njit(
+compiled: Any = njit(
     nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
 )
 # Products are rounded before they are added, as PyTorch does: both paths give the same bits.
-_exact = njit(nogil=True, cache=True, error_model="numpy")
+exact: Any = njit(nogil=True, cache=True, error_model="numpy")
 
 
 def nothing(like: Tensor) -> np.ndarray:
@@ -38,7 +40,7 @@ def numbers(table: Tensor | None, like: Tensor) -> np.ndarray:
     return nothing(like) if table is None else table.to("cpu", like.dtype).numpy()
 
 
-@_exact
+@exact
 def model_chunk(mode, slope, mean, total, step, energy, moved, out):
     """Fill ``out`` [n] with modelled weights; ``moved`` is scratch of at least n."""
     zero, one = mean.dtype.type(0.0), mean.dtype.type(1.0)

@@ -8,12 +8,18 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["in_threads"]
+__all__ = ["in_threads", "shares"]
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 _ALONE = 1 << 20  # weights below which a second thread is not worth starting
+_SHARE = 1 << 18  # weights a thread takes at a time
+
+
+def shares(numel: int) -> list[slice]:
+    """Return the parts of N weights that threads take; they do not depend on how many there are."""
+    return [slice(low, min(numel, low + _SHARE)) for low in range(0, numel, _SHARE)]
 
 
 def in_threads(work: Callable[[_Job], _Result], jobs: Sequence[_Job], numel: int) -> list[_Result]:

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.kernels._numba import compiled, nothing
-from cmd_plugin.kernels._threads import in_threads
+from cmd_plugin.kernels._threads import in_threads, shares
 from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
 
 __all__ = ["assign_and_fit"]
 
 _TILE = 1 << 17  # bytes of a tile: it stays in a second-level cache
-_SHARE = 1 << 17  # weights a thread takes at a time
 
 
 @compiled
@@ -167,8 +166,7 @@ def assign_and_fit(
         width,
     )
 
-    def run(start: int) -> None:
-        stop = min(numel, start + _SHARE)
-        _fit(*arguments, start, stop, mode, scale, mean, total)
+    def run(at: slice) -> None:
+        _fit(*arguments, at.start, at.stop, mode, scale, mean, total)
 
-    in_threads(run, range(0, numel, _SHARE), numel)
+    in_threads(run, shares(numel), numel)
