@@ -97,7 +97,7 @@ def update_affine(
         squares = _numba.update_affine(*arguments)
     else:
         squares = _blocked.update_affine(*arguments)
-    # A short vector was checked first: NaN says that it was not touched. Finite weights whose squares
+    # A short vector was checked first: NaN says it was not touched. Finite weights whose squares
     # overflow are only found on the way, and their sum is infinite.
     untouched = view.numel <= CHECKED_FIRST and bool(squares.isnan())
     if not untouched and not bool(squares.isfinite()):
