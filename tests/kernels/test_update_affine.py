@@ -67,7 +67,7 @@ def test_oracle_21_equals_the_specification(
     assert ((slope - exact[0]).abs() <= 8 * unit * (reach + exact[0].abs())).all()
     if with_total:
         assert ((total - exact[2]).abs() <= 8 * unit * (size.square() + exact[2])).all()
-    assert squares == pytest.approx(expected, rel=max(64, numel) * unit)
+    assert float(squares) == pytest.approx(float(expected), rel=max(64, numel) * unit)
 
 
 @given(st.integers(1, 90), st.integers(1, 20), st.integers(0, 10**6))
