@@ -143,16 +143,17 @@ def plot_accuracy(rows: Sequence[Row], warmup: int, axes: Axes) -> None:
         lowest = min(lowest, *low[seen])
         highest = max(highest, *high[seen])
     margin = max(0.08 * (highest - lowest), 0.2)
-    axes.set_ylim(lowest - margin, highest + margin)
+    bottom = lowest - margin
+    axes.set_ylim(bottom, min(highest + margin, 100.0 + 0.02 * (100.0 - bottom)))
     axes.set_xlim(0, 1.015 * last)
     axes.axvspan(0, warmup, color="black", alpha=0.045, linewidth=0)
     axes.text(
         warmup / 2,
-        0.985,
+        0.015,
         "CMD warm-up",
         transform=axes.get_xaxis_transform(),
         ha="center",
-        va="top",
+        va="bottom",
         color="0.35",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.5},
     )
