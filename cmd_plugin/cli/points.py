@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cmd_plugin.cli.points_robustness import robustness
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -23,6 +25,9 @@ points = typer.Typer(
 _DATA = "Data and network"
 _TRAINING = "Training"
 _OUTPUT = "Output"
+
+
+points.command("robustness")(robustness)
 
 
 @points.command("train")

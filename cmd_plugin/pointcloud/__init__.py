@@ -9,6 +9,7 @@ from cmd_plugin.pointcloud.corruption_error import (
     mean_corruption_error,
 )
 from cmd_plugin.pointcloud.corruptions import CORRUPTIONS, corrupt, shuffle_points
+from cmd_plugin.pointcloud.defences import Defences, train_defences
 from cmd_plugin.pointcloud.diversity import Diversity, EnsembleDiversity
 from cmd_plugin.pointcloud.drop_curves import DropCurve, perturbed_logits, random_scores
 from cmd_plugin.pointcloud.epic import EPiC, Votes
@@ -21,6 +22,7 @@ from cmd_plugin.pointcloud.outliers import (
     statistical_outliers,
     statistical_scores,
 )
+from cmd_plugin.pointcloud.partial_clouds import partial_clouds
 from cmd_plugin.pointcloud.refocus import (
     Refocused,
     importance_order,
@@ -28,6 +30,12 @@ from cmd_plugin.pointcloud.refocus import (
     kept_mask,
     refocus,
     uncritical_subset,
+)
+from cmd_plugin.pointcloud.robustness import (
+    RobustnessReport,
+    corrupted_sets,
+    evaluate_corruptions,
+    released_sets,
 )
 from cmd_plugin.pointcloud.shapes import SHAPE_CLASSES, shape_clouds
 from cmd_plugin.pointcloud.view_training import EPiCTraining, ViewTraining
@@ -37,6 +45,7 @@ __all__ = [
     "SHAPE_CLASSES",
     "CorruptionError",
     "CorruptionErrors",
+    "Defences",
     "Diversity",
     "DropCurve",
     "EPiC",
@@ -47,6 +56,7 @@ __all__ = [
     "PointClouds",
     "PointImportance",
     "Refocused",
+    "RobustnessReport",
     "SubsetDefence",
     "ViewTraining",
     "Votes",
@@ -54,22 +64,27 @@ __all__ = [
     "channels_first",
     "cloud_bootstrap",
     "corrupt",
+    "corrupted_sets",
+    "evaluate_corruptions",
     "gradient_attack",
     "importance_order",
     "kept_count",
     "kept_mask",
     "mean_corruption_error",
     "outlier_metrics",
+    "partial_clouds",
     "perturbed_logits",
     "point_importance",
     "query_attack",
     "random_scores",
     "refocus",
+    "released_sets",
     "remove_outliers",
     "shape_clouds",
     "shuffle_points",
     "statistical_outliers",
     "statistical_scores",
+    "train_defences",
     "uncritical_subset",
     "unit_sphere",
 ]

@@ -1,6 +1,6 @@
 """EPiC: an ensemble of one architecture on three kinds of partial clouds, for robustness.
 
-Levi, Gilboa: *EPiC: Ensemble of Partial Point Clouds for Robust Classification* (WACV 2024). Three
+Levi, Gilboa: *EPiC: Ensemble of Partial Point Clouds for Robust Classification* (ICCV 2023). Three
 networks, each trained on one kind; at test four partial clouds of each kind, twelve members, and
 the plain mean of their raw logits. Independent implementation.
 """

@@ -1,6 +1,6 @@
 """Partial clouds: patches, curves and random subsets around anchors (EPiC's three views).
 
-Levi, Gilboa: *EPiC: Ensemble of Partial Point Clouds for Robust Classification* (WACV 2024). A
+Levi, Gilboa: *EPiC: Ensemble of Partial Point Clouds for Robust Classification* (ICCV 2023). A
 patch keeps the full local resolution, a curve rarely walks into badly connected points such as
 isolated outliers, a random subset is global; a corruption seldom spoils all three.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from cmd_plugin.pointcloud.corruptions import (
     shuffle_points,
 )
 from cmd_plugin.pointcloud.diversity import Diversity, EnsembleDiversity
+from cmd_plugin.pointcloud.files import load_hdf5
 
-__all__ = ["RobustnessReport", "corrupted_sets", "evaluate_corruptions"]
+__all__ = ["RobustnessReport", "corrupted_sets", "evaluate_corruptions", "released_sets"]
 
 CorruptedSet = tuple[str, int, PointClouds]
 Panel = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
@@ -115,6 +117,29 @@ def corrupted_sets(data: PointClouds, *, seed: int = 0) -> Iterator[CorruptedSet
         for level in range(LEVELS):
             points = corrupt(data.points, corruption, level, seed=seed)
             yield corruption, level, PointClouds(points, data.labels, data.classes, data.name)
+
+
+def released_sets(folder: str | Path, classes: Sequence[str]) -> Iterator[CorruptedSet]:
+    """Yield the clean and the 35 corrupted sets of the released ModelNet-C, one at a time.
+
+    Args:
+        folder: Where ``clean.h5``, ``scale_0.h5``, ..., ``dropout_local_4.h5`` lie.
+        classes: Class names, in the order of the labels.
+
+    Yields:
+        (name of the corruption or ``"clean"``, level, clouds).
+
+    Raises:
+        InputError: If a file is missing or damaged.
+        MissingDependency: If h5py is not installed.
+    """
+    root = Path(folder)
+    yield "clean", 0, load_hdf5([root / "clean.h5"], classes=classes, name="ModelNet-C")
+    for corruption in CORRUPTIONS:
+        released = corruption.replace("drop_", "dropout_")
+        for level in range(LEVELS):
+            path = root / f"{released}_{level}.h5"
+            yield corruption, level, load_hdf5([path], classes=classes, name="ModelNet-C")
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from cmd_plugin.pointcloud.epic import EPiC
 
 __all__ = ["EPiCTraining", "ViewTraining", "augment_clouds"]
 
-View = Callable[[Tensor, Tensor, int], Tensor]
+Show = Callable[[Tensor, Tensor, int], Tensor]
 Optimize = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Progress = Callable[[int, int], None]
 
@@ -81,7 +81,7 @@ class ViewTraining:
         data: PointClouds,
         epochs: int,
         *,
-        view: View | None = None,
+        view: Show | None = None,
         rounds: int = 1,
         batch_size: int = 64,
         optimizer: Optimize = _published,
