@@ -152,17 +152,24 @@ class FlatView:
                 start += view.numel()
         return pieces
 
-    def write(self, number: int, values: Tensor) -> None:
-        """Write [n] values into the tensors of a block, in place, rounding to their dtypes."""
+    def write(self, number: int, values: Tensor, where: Tensor | None = None) -> None:
+        """Write [n] values into the tensors of a block, in place, rounding to their dtypes.
+
+        Args:
+            number: The block.
+            values: [n].
+            where: [n] bool, which values to write; the others keep their bits. None writes all.
+        """
         at = 0
         for tensor, a, b in self._pieces[number]:
             part = values[at : at + b - a]
+            mask = None if where is None else where[at : at + b - a]
             if tensor.is_contiguous():
-                tensor.view(-1)[a:b].copy_(part)
+                _write(tensor.view(-1)[a:b], part, mask)
             else:
                 rows, skip = _rows(tensor, a, b)
                 flat = rows.reshape(-1)  # usually a copy, because the tensor is not contiguous
-                flat[a - skip : b - skip].copy_(part)
+                _write(flat[a - skip : b - skip], part, mask)
                 rows.copy_(flat.view(rows.shape))
             at += b - a
 
@@ -210,6 +217,13 @@ class FlatView:
             if len(bad):
                 return start + int(bad[0, 0])
         return None
+
+
+def _write(target: Tensor, values: Tensor, mask: Tensor | None) -> None:
+    if mask is None:
+        target.copy_(values)
+    else:
+        torch.where(mask, values.to(target.dtype), target, out=target)
 
 
 def _rows(tensor: Tensor, a: int, b: int) -> tuple[Tensor, int]:

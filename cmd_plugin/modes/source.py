@@ -56,6 +56,18 @@ class WeightSource:
         tensors = find_weights(self.layout, source, what)
         return FlatView(list(tensors.values()), dtype=self.layout.state_dtype)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the model's own tensors in the layout's order: parameters with their gradients.
+
+        Raises:
+            PluginError: If there is no model.
+        """
+        if self.model is None:
+            raise PluginError("this OnlineModes has no model whose gradients it could change.")
+        self._of_model(self.model)
+        held = [table[key] for table, key in self._slots]
+        return [tensor for tensor in held if tensor is not None]
+
     def _of_model(self, model: nn.Module) -> FlatView:
         # Walking the modules costs more than an update of a small model: look only whether every
         # module still is where it was and holds the tensor it held. Moving a model to a device

@@ -142,7 +142,7 @@ class Tracker:
         return labels, torch.stack(profiles, dim=1)
 
     @property
-    def _slope_per_unit(self) -> Tensor:
+    def slope_per_unit(self) -> Tensor:
         """[M] float64 Z / S, by which a slope becomes the least-squares scale.
 
         Zero for a profile that has stood still until forgetting left nothing of its movement: a
@@ -151,12 +151,17 @@ class Tracker:
         alive = self.squares > self.unit * 1e-60
         return torch.where(alive, self.unit / self.squares, 0.0)
 
+    @property
+    def energy(self) -> Tensor:
+        """[M] float64 sums of squares of the profiles, in the unit of the slopes."""
+        return self.unit * self.slope_per_unit
+
     def evaluation(self) -> Evaluation:
         """Return the per-mode arguments of ``reconstruct`` for the last snapshot."""
-        step = (self.profile - self.profile_mean) * self._slope_per_unit
+        step = (self.profile - self.profile_mean) * self.slope_per_unit
         if self.total is None:
             return {"step": step}
-        return {"step": step, "total": self.total, "energy": self.unit * self._slope_per_unit}
+        return {"step": step, "total": self.total, "energy": self.energy}
 
     def reconstruct(self, out: Tensor | None = None) -> Tensor:
         """Return the modelled weights of the last snapshot, [N], in ``out`` when it is given."""
@@ -179,24 +184,29 @@ class Tracker:
             shrunk: Whether to return them as they are used when the state shrinks.
         """
         evaluation = self.evaluation() if shrunk else Evaluation(step=self.squares)
-        evaluation["step"] = self._slope_per_unit
+        evaluation["step"] = self.slope_per_unit
         scale = reconstruct(self.mode, self.slope, torch.zeros_like(self.mean), **evaluation)
         if self.follows_references:
             scale[self.choice.references.to(scale.device)] = 1.0
         return scale
 
-    def offset(self) -> Tensor:
-        """Return the offsets b [N] of the weights: mean - a * mean of the profile."""
-        step = -self.profile_mean * self._slope_per_unit
-        offset = reconstruct(self.mode, self.slope, self.mean, step)
+    def offset(self, *, shrunk: bool = False) -> Tensor:
+        """Return the offsets b [N] of the weights: mean - a * mean of the profile.
+
+        Args:
+            shrunk: As for :meth:`scale`.
+        """
+        evaluation = self.evaluation() if shrunk else Evaluation(step=self.squares)
+        evaluation["step"] = -self.profile_mean * self.slope_per_unit
+        offset = reconstruct(self.mode, self.slope, self.mean, **evaluation)
         if self.follows_references:
             offset[self.choice.references.to(offset.device)] = 0.0
         return offset
 
     def explained(self, layout: Layout) -> float:
         """Return the part of :attr:`total_sum` that the model explains."""
-        energy = self.unit * self._slope_per_unit
-        return float(explained_by_layer(layout, self.mode, self.slope, energy, self.total).sum())
+        parts = explained_by_layer(layout, self.mode, self.slope, self.energy, self.total)
+        return float(parts.sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the whole state, on the CPU."""
