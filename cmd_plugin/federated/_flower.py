@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from cmd_plugin.errors import require
 
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when Flower is imported
 require("flwr", "federated")
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict  # noqa: E402 after the check above

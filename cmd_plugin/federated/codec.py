@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from cmd_plugin.errors import InputError
 from cmd_plugin.federated.frame import (
     FLAG_DELTA,
     FLAG_KEEP,
+    FLAG_POOL,
     FLAG_REPLY_DELTA,
     FLAG_SPARSE,
     KIND_DOWN,
@@ -27,11 +28,12 @@ from cmd_plugin.federated.frame import (
 from cmd_plugin.federated.packing import Arrays, Flat, Packing
 from cmd_plugin.federated.plan import Plan
 from cmd_plugin.federated.quantise import check_bits, quantised_bytes
+from cmd_plugin.modes.settings import Projection
 from cmd_plugin.federated.values import decode_values, encode_values, free_positions
 
 __all__ = ["PROJECTIONS", "Known", "ModeCodec", "Received"]
 
-PROJECTIONS = ("round", "step", "tie")
+PROJECTIONS = get_args(Projection)
 """What clients do with embedded weights while they train; see :class:`CMDStrategy`."""
 
 Bools = npt.NDArray[np.bool_]
@@ -301,6 +303,8 @@ class ModeCodec:
         self.statistics = {
             e.name: np.array(arrays[e.name]) for e in self.packing.entries if e.local
         }
+        if asked.flags & FLAG_POOL:
+            self.plan.pool(flat, received.flat)
         delta = bool(asked.flags & FLAG_REPLY_DELTA)
         vector = flat - received.flat if delta else flat
         if residual is not None:

@@ -16,6 +16,7 @@ __all__ = [
     "FLAG_DELTA",
     "FLAG_INDEXED",
     "FLAG_KEEP",
+    "FLAG_POOL",
     "FLAG_REPLY_DELTA",
     "FLAG_SPARSE",
     "KIND_DOWN",
@@ -40,6 +41,9 @@ FLAG_KEEP = 8
 """The receiver must keep the decoded values, later frames build on them."""
 FLAG_REPLY_DELTA = 16
 """The reply is to hold differences to the decoded values."""
+
+FLAG_POOL = 32
+"""The reply's references are to hold the motion of all weights that follow them."""
 
 _MAGIC = b"CMDF"
 _VERSION = 1

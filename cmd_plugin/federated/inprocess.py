@@ -14,7 +14,8 @@ __all__ = ["InProcessGrid"]
 
 _RUN = 1
 _SERVER_NODE = 1  # the number Flower gives to the SuperLink
-_CLIENT_RAISED = 2  # the code Flower's engines use when a ClientApp raises
+_CLIENT_RAISED = 2  # the codes Flower's engines use
+_NODE_UNAVAILABLE = 5
 
 
 class InProcessGrid(Grid):
@@ -110,7 +111,7 @@ class InProcessGrid(Grid):
         message.metadata.__dict__["_message_id"] = f"{self._sent:064x}"
         context = self.contexts.get(message.metadata.dst_node_id)
         if context is None:
-            reply = Message(Error(3, "Node Unavailable"), reply_to=message)
+            reply = Message(Error(_NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)
             reply.metadata.__dict__["_src_node_id"] = _SERVER_NODE
             return reply
         # Flower's strategies send one content object to all: what a client replaces in its own

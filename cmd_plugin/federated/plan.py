@@ -188,6 +188,25 @@ class Plan:
             flat[self.members] = self.scale * reference[self.mode] + self.offset
         return flat
 
+    def pool(self, flat: Flat, start: Flat) -> Flat:
+        r"""Move the references by what all weights on their curve did, in place; return ``flat``.
+
+        The least-squares projection of a local update onto what the curves can express:
+        :math:`r_m = r^0_m + \sum_i a_i (w_i - w^0_i) / \sum_i a_i^2` over reference m (with a = 1)
+        and its members. Linear in the update, so it goes together with averaging.
+
+        Args:
+            flat: [N] trained weights; only references change.
+            start: [N] weights the training started from.
+        """
+        count = len(self.references)
+        moved = (flat - start).astype(np.float64)
+        members = moved[self.members] * self.scale
+        total = moved[self.references] + np.bincount(self.mode, members, count)[:count]
+        weight = 1.0 + np.bincount(self.mode, np.square(self.scale), count)[:count]
+        flat[self.references] = start[self.references] + total / weight
+        return flat
+
     def to_bytes(self) -> bytes:
         """Return the whole plan; :meth:`from_bytes` reads it."""
         increments = self.since(0)

@@ -27,7 +27,7 @@ __all__ = ["embedded_training"]
 def embedded_training(context: Context, model: nn.Module) -> Iterator[None]:
     """Train inside this block as the server's strategy asks for.
 
-    With ``project="round"`` nothing happens. With ``"step"`` embedded weights are put back on their
+    With ``project="epoch"`` nothing happens. With ``"step"`` embedded weights are put back on their
     curves after every optimizer step; with ``"tie"`` their gradients are first handed to the
     references (the chain rule), so that the step moves the curves. Works for every optimizer that
     steps inside the block on this model's parameters, also for one that a Lightning ``Trainer``
@@ -42,7 +42,7 @@ def embedded_training(context: Context, model: nn.Module) -> Iterator[None]:
     """
     codec = load_codec(context)
     project = PROJECTIONS[load_projection(context)]
-    if codec is None or project == "round" or not len(codec.plan.members):
+    if codec is None or project == "epoch" or not len(codec.plan.members):
         yield
         return
     curves = _Curves(codec, model)
