@@ -12,7 +12,7 @@ from types import ModuleType
 
 __all__ = ["__version__"]
 
-_ROOMS = ("callbacks", "data", "errors", "kernels", "modes", "training")
+_ROOMS = ("callbacks", "data", "errors", "federated", "kernels", "modes", "training")
 
 try:
     __version__ = metadata.version("cmd-plugin")

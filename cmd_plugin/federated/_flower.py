@@ -16,7 +16,7 @@ require("flwr", "federated")
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict  # noqa: E402 after the check above
 
-from cmd_plugin.federated.frame import Frame, FrameError  # noqa: E402
+from cmd_plugin.federated.frame import Frame  # noqa: E402
 
 __all__ = [
     "RESYNC",
@@ -84,13 +84,14 @@ def with_record(content: RecordDict, name: str, record: ArrayRecord) -> RecordDi
 
 def payload_bytes(content: RecordDict) -> int:
     """Return the payload of a message as Flower counts it: values, and names of the values."""
-    total = 0
-    for record in content.values():
-        try:
-            total += record.count_bytes()
-        except (ValueError, IndexError):  # Flower cannot count empty strings and lists
-            total += sum(len(key) for key in record)
-    return total
+    return sum(_record_payload(record) for record in content.values())
+
+
+def _record_payload(record: Any) -> int:
+    try:
+        return int(record.count_bytes())
+    except (ValueError, IndexError):  # Flower cannot count empty texts and lists
+        return sum(len(key) for key in record)
 
 
 def serialised_bytes(message: Message) -> int:

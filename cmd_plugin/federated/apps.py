@@ -111,7 +111,8 @@ def make_client_app(config: FederatedConfig | None = None) -> ClientApp:
 
 def _train(message: Message, context: Context, config: FederatedConfig) -> Message:
     settings = cast(ConfigRecord, message.content["config"])
-    number, round_number = int(context.node_config["partition-id"]), int(settings["server-round"])
+    number = int(context.node_config["partition-id"])
+    round_number = int(cast(int, settings["server-round"]))
     data, part = data_of(config), part_of(config, number)
     with own_random_state(), own_threads(config.threads):
         model = network(config, data)
@@ -170,7 +171,7 @@ def _fit(
             count += len(labels)
             for parameter, anchor in zip(model.parameters(), start, strict=bool(start)):
                 loss = loss + 0.5 * proximal * (parameter - anchor).square().sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return total / count
 

@@ -68,7 +68,7 @@ class APFStrategy(FrameStrategy):
         self.mask_bytes = 0
         self._generator = np.random.default_rng(seed)
         self._mask: npt.NDArray[np.bool_] | None = None
-        self._round = self._values = 0
+        self._values = 0
 
     @property
     def frozen(self) -> npt.NDArray[np.bool_] | None:
@@ -80,26 +80,23 @@ class APFStrategy(FrameStrategy):
         """Share of weights that are frozen."""
         return 0.0 if self._mask is None else float(self._mask.mean())
 
-    def prepare(self, round_number: int, flat: Flat) -> None:
-        """Remember the round and what all clients will hold."""
-        self._round = round_number
-        codec = self.codec
-        # What clients held after the last round; frozen weights have not moved since.
-        codec.values_identity, self._values = self._values, _identity(flat)
+    def prepare(self) -> None:
+        """Name what clients held before, whose frozen weights have not moved, and will hold."""
+        self.codec.values_identity, self._values = self._values, _identity(self.flat)
 
     def frame_for(self, known: Known) -> Frame:
         """Return the values that are not frozen, and the mask."""
-        header = Header(KIND_DOWN, round=self._round)
+        header = Header(KIND_DOWN, round=self.round)
         mask = self._mask if self._mask is not None and self._mask.any() else None
         frame = self.codec.send(
-            self._flat, self._raw, known, header=header, frozen=mask, result=self._values
+            self.flat, self.raw, known, header=header, frozen=mask, result=self._values
         )
         self.mask_bytes += len(frame.sections.frozen)
         return frame
 
-    def advance(self, round_number: int, flat: Flat) -> Flat:
+    def advance(self, flat: Flat) -> Flat:
         """Update perturbations, periods and the mask."""
-        before = self._flat
+        before, now = self.flat, self.round
         if self._mask is None:
             count = flat.size
             self._mask = np.zeros(count, dtype=bool)
@@ -117,12 +114,12 @@ class APFStrategy(FrameStrategy):
         moving = sent & ~settled
         self._period[settled] += 1
         self._period[moving] //= 2
-        self._until[sent] = round_number + self._period[sent]
+        self._until[sent] = now + self._period[sent]
         if self.aggressive:
             drawn = self._generator.random(flat.size) < 0.5
             extra = moving & drawn
-            self._until[extra] = np.maximum(self._until[extra], round_number + 1)
-        self._mask = self._until > round_number
+            self._until[extra] = np.maximum(self._until[extra], now + 1)
+        self._mask = self._until > now
         if self._mask.mean() > 0.8:
             self.threshold /= 2.0
         return flat
@@ -141,21 +138,18 @@ class TopKStrategy(FrameStrategy):
         statistics: BatchNorm's running statistics, ``"average"`` or ``"local"``.
     """
 
-    def __init__(
-        self, inner: Strategy, *, share: float = 0.1, statistics: str = "average"
-    ) -> None:
+    def __init__(self, inner: Strategy, *, share: float = 0.1, statistics: str = "average") -> None:
         super().__init__(inner, statistics=statistics)
         if not 0.0 < share < 1.0:
             raise InputError(f"share must lie in (0, 1), got {share!r}.")
         self.share = share
-        self._round = self._result = 0
+        self._result = 0
         self._frame: Frame | None = None
         self._view: Flat | None = None
 
-    def prepare(self, round_number: int, flat: Flat) -> None:
+    def prepare(self) -> None:
         """Choose the differences to send, and compute what clients will hold then."""
-        self._round = round_number
-        codec = self.codec
+        codec, flat = self.codec, self.flat
         if self._view is None:
             self._view, self._result = flat.copy(), _identity(flat)
             return
@@ -163,14 +157,14 @@ class TopKStrategy(FrameStrategy):
         # What a client computes from the frame is what it will hold.
         client = ModeCodec(codec.packing)
         client.values, client.values_identity = self._view, self._result
-        _, received = ModeCodec.receive(client, self._sparse(flat, result=1))
+        _, received = ModeCodec.receive(client, self._sparse(result=1))
         self._view, self._result = received.flat, _identity(received.flat)
-        self._frame = self._sparse(flat, result=self._result)
+        self._frame = self._sparse(result=self._result)
 
-    def _sparse(self, flat: Flat, result: int) -> Frame:
+    def _sparse(self, result: int) -> Frame:
         return self.codec.send(
-            flat,
-            self._raw,
+            self.flat,
+            self.raw,
             self.codec.known,
             header=self._header(),
             share=self.share,
@@ -178,21 +172,15 @@ class TopKStrategy(FrameStrategy):
         )
 
     def _header(self) -> Header:
-        return Header(
-            KIND_DOWN, round=self._round, reply_share=self.share, flags=FLAG_REPLY_DELTA
-        )
+        return Header(KIND_DOWN, round=self.round, reply_share=self.share, flags=FLAG_REPLY_DELTA)
 
     def frame_for(self, known: Known) -> Frame:
         """Return the differences, or the whole model for a client that lacks the last one."""
         codec = self.codec
         if self._frame is not None and known == codec.known:
             return self._frame
-        whole = self._flat if self._view is None else self._view
-        return codec.send(whole, self._raw, Known(), header=self._header(), result=self._result)
-
-    def advance(self, round_number: int, flat: Flat) -> Flat:
-        """Nothing to decide: what is not sent yet stays in the difference to what clients hold."""
-        return flat
+        whole = self.flat if self._view is None else self._view
+        return codec.send(whole, self.raw, Known(), header=self._header(), result=self._result)
 
 
 class FedPAQStrategy(FrameStrategy):
@@ -210,19 +198,8 @@ class FedPAQStrategy(FrameStrategy):
     def __init__(self, inner: Strategy, *, bits: int = 8, statistics: str = "average") -> None:
         super().__init__(inner, statistics=statistics)
         self.bits = check_bits(bits)
-        self._round = 0
-
-    def prepare(self, round_number: int, flat: Flat) -> None:
-        """Remember the round."""
-        self._round = round_number
 
     def frame_for(self, known: Known) -> Frame:
         """Return the whole model."""
-        header = Header(
-            KIND_DOWN, round=self._round, reply_bits=self.bits, flags=FLAG_REPLY_DELTA
-        )
-        return self.codec.send(self._flat, self._raw, known, header=header)
-
-    def advance(self, round_number: int, flat: Flat) -> Flat:
-        """Nothing to decide."""
-        return flat
+        header = Header(KIND_DOWN, round=self.round, reply_bits=self.bits, flags=FLAG_REPLY_DELTA)
+        return self.codec.send(self.flat, self.raw, known, header=header)

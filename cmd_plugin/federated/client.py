@@ -95,9 +95,7 @@ def project_mod(message: Message, context: Context, call_next: Next) -> Message:
         except FrameError as error:
             return Message(Error(UNUSABLE, str(error)), reply_to=message)
         flat = codec.plan.expand(codec.packing.flatten(arrays))
-        content = with_record(
-            content, key, dense_record(codec.packing.unflatten(flat, arrays))
-        )
+        content = with_record(content, key, dense_record(codec.packing.unflatten(flat, arrays)))
     reply.content = content
     return reply
 
@@ -121,9 +119,7 @@ def load_projection(context: Context) -> int:
     return 0 if held is None else held.data[0]
 
 
-def _save(
-    context: Context, codec: ModeCodec, received: Received, residual: Flat | None
-) -> None:
+def _save(context: Context, codec: ModeCodec, received: Received, residual: Flat | None) -> None:
     parts = codec.to_bytes()
     parts[_PROJECT] = bytes([received.header.project])
     if residual is not None:
@@ -149,7 +145,7 @@ def _load_residual(context: Context, codec: ModeCodec, received: Received) -> Fl
 
 
 def _generator(context: Context, received: Received) -> np.random.Generator | None:
-    """Stochastic rounding of a reply: another one for each client and round, the same in a rerun."""
+    """Randomness of a reply's rounding: other for each client and round, the same in a rerun."""
     if not received.header.reply_bits:
         return None
     place = str(context.node_config.get("partition-id", context.node_id))

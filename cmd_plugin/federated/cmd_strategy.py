@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,11 +82,16 @@ class CMDStrategy(FrameStrategy):
         self.embedding = Embedding() if embedding is None else embedding
         self.bits = check_bits(bits)
         self.pool = pool
-        self._settings = {"modes": modes, "warmup": warmup, "samples": samples, "seed": seed}
-        # On a model of one weight: a wrong setting is told now, not in the first round.
-        OnlineModes(Layout.of_vector(1), embedding=self.embedding, **self._settings)
+        self._follow = partial(
+            OnlineModes,
+            modes=modes,
+            warmup=warmup,
+            samples=samples,
+            seed=seed,
+            embedding=self.embedding,
+        )
+        self._follow(Layout.of_vector(1))  # a wrong setting is told now, not in the first round
         self._modes: OnlineModes | None = None
-        self._round = 0
 
     @property
     def modes(self) -> OnlineModes:
@@ -93,11 +99,6 @@ class CMDStrategy(FrameStrategy):
         if self._modes is None:
             raise PluginError("no round has ended yet, so no snapshot was taken.")
         return self._modes
-
-    def prepare(self, round_number: int, flat: Flat) -> None:
-        """Remember the round; the global model is on its curves already."""
-        self._round = round_number
-        self.codec.plan.expand(flat)
 
     def frame_for(self, known: Known) -> Frame:
         """Return the free values, and what the client lacks of the plan."""
@@ -107,18 +108,17 @@ class CMDStrategy(FrameStrategy):
             reply_bits=self.bits,
             project=PROJECTIONS.index(self.embedding.project),
             flags=(FLAG_REPLY_DELTA if self.bits else 0) | (FLAG_POOL if self.pool else 0),
-            round=self._round,
+            round=self.round,
         )
-        return self.codec.send(self._flat, self._raw, known, header=header)
+        return self.codec.send(self.flat, self.raw, known, header=header)
 
-    def advance(self, round_number: int, flat: Flat) -> Flat:
+    def advance(self, flat: Flat) -> Flat:
         """Take a snapshot of the new global model, and embed if it is time."""
         plan = self.codec.plan
         plan.expand(flat)
         if self._modes is None:
-            layout = self.codec.packing.layout
-            self._modes = OnlineModes(layout, embedding=self.embedding, **self._settings)
-        self._modes.update(torch.from_numpy(flat), label=round_number)
+            self._modes = self._follow(self.codec.packing.layout)
+        self._modes.update(torch.from_numpy(flat), label=self.round)
         chosen = self._modes.embedded.numpy() & ~plan.embedded
         if chosen.any():
             members = np.flatnonzero(chosen)
@@ -132,4 +132,3 @@ class CMDStrategy(FrameStrategy):
             )
             plan.expand(flat)
         return flat
-

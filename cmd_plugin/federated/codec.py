@@ -28,8 +28,8 @@ from cmd_plugin.federated.frame import (
 from cmd_plugin.federated.packing import Arrays, Flat, Packing
 from cmd_plugin.federated.plan import Plan
 from cmd_plugin.federated.quantise import check_bits, quantised_bytes
-from cmd_plugin.modes.settings import Projection
 from cmd_plugin.federated.values import decode_values, encode_values, free_positions
+from cmd_plugin.modes.settings import Projection
 
 __all__ = ["PROJECTIONS", "Known", "ModeCodec", "Received"]
 
@@ -103,9 +103,7 @@ class ModeCodec:
         statistics: str = "average",
     ) -> ModeCodec:
         """Return the codec of a model's arrays; see :meth:`Packing.of` for the arguments."""
-        return cls(
-            Packing.of(arrays, include=include, exclude=exclude, statistics=statistics)
-        )
+        return cls(Packing.of(arrays, include=include, exclude=exclude, statistics=statistics))
 
     @property
     def known(self) -> Known:
@@ -338,7 +336,9 @@ class ModeCodec:
         )
         if residual is not None:
             zero = np.zeros_like(vector)
-            residual[:] = vector - decode_values(frame, received.free, self.plan, zero, self.packing.dtype)
+            residual[:] = vector - decode_values(
+                frame, received.free, self.plan, zero, self.packing.dtype
+            )
         return frame
 
     def accept(
@@ -372,7 +372,9 @@ class ModeCodec:
         if header.round != sent.round:
             raise FrameError("round", f"stale: answers round {header.round}, not {sent.round}.")
         if header.plan != sent.plan:
-            raise FrameError("plan", f"stale: answers plan {header.plan:016x}, not {sent.plan:016x}.")
+            raise FrameError(
+                "plan", f"stale: answers plan {header.plan:016x}, not {sent.plan:016x}."
+            )
         asked = sent.flags & FLAG_REPLY_DELTA, sent.reply_bits, sent.reply_share < 1.0
         delta_bit = FLAG_REPLY_DELTA if header.flags & FLAG_DELTA else 0
         if asked != (delta_bit, header.bits, bool(header.flags & FLAG_SPARSE)):

@@ -100,7 +100,15 @@ class FederatedConfig:
             value = getattr(self, name)
             self._require(name, f"one of {', '.join(choices)}", value in choices)
         parse_partition(self.partition)
-        for name in ("clients", "rounds", "local_epochs", "batch_size", "samples", "embed_every", "threads"):
+        for name in (
+            "clients",
+            "rounds",
+            "local_epochs",
+            "batch_size",
+            "samples",
+            "embed_every",
+            "threads",
+        ):
             self._require(name, "at least 1", getattr(self, name) >= 1)
         for name in ("train_limit", "image_size"):
             value = getattr(self, name)

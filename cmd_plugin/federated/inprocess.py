@@ -68,7 +68,7 @@ class InProcessGrid(Grid):
         )
         return node
 
-    def set_run(self, run: object) -> None:
+    def set_run(self, run: Any) -> None:
         """There is one run only."""
 
     @property
@@ -100,7 +100,10 @@ class InProcessGrid(Grid):
         raise NotImplementedError("an in-process grid answers send_and_receive() only.")
 
     def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,  # noqa: ARG002 Flower's signature; nothing is waited for
     ) -> Iterable[Message]:
         """Run the client of each message and return the replies in the same order."""
         return [self._deliver(message) for message in messages]

@@ -196,8 +196,9 @@ class Packing:
         """Return the bytes of the arrays that are not modelled."""
         chosen = self.raw_entries(with_local=with_local)
         return b"".join(
-            np.ascontiguousarray(arrays[e.name], dtype=np.dtype(e.dtype).newbyteorder("<"))
-            .tobytes()
+            np.ascontiguousarray(
+                arrays[e.name], dtype=np.dtype(e.dtype).newbyteorder("<")
+            ).tobytes()
             for e in chosen
         )
 

@@ -139,7 +139,9 @@ class Plan:
             self._apply(increments[at + 8 : at + 8 + length])
             at += 8 + length
         if self.identity != after:
-            raise FrameError("plan", f"it ends in {self.identity:016x}, announced was {after:016x}.")
+            raise FrameError(
+                "plan", f"it ends in {self.identity:016x}, announced was {after:016x}."
+            )
 
     def _apply(self, increment: bytes) -> None:
         if len(increment) < _HEAD.size:

@@ -90,5 +90,6 @@ def dequantise(codes: bytes, scales: bytes, count: int, bits: int) -> npt.NDArra
         whole = nibbles.astype(np.float32) - np.float32(8.0)
     else:
         whole = np.frombuffer(codes, dtype=np.int8).astype(np.float32)
-    factors = np.frombuffer(scales, dtype="<f4")
-    return whole * np.repeat(factors, BLOCK)[:count]
+    factors = np.frombuffer(scales, dtype="<f4").astype(np.float32)
+    values: npt.NDArray[np.float32] = whole * np.repeat(factors, BLOCK)[:count]
+    return values

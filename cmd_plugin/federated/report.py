@@ -85,7 +85,7 @@ def draw_report(summary: dict[str, Any]) -> Figure:
 def _headline(summary: dict[str, Any]) -> str:
     config, data = summary["config"], summary["data"]
     return (
-        f"{config['model']} on {data['name']}, {config['clients']} clients ({config['partition']}), "
-        f"{config['rounds']} rounds of {config['method']}: {100 * summary['accuracy']:.1f} % with "
-        f"{100 * summary['bytes_of_fedavg']:.1f} % of FedAvg's bytes"
+        f"{config['model']} on {data['name']}, {config['clients']} clients, "
+        f"{config['partition']}, {config['rounds']} rounds of {config['method']}: "
+        f"{summary['accuracy']:.1%} with {summary['bytes_of_fedavg']:.1%} of FedAvg's bytes"
     )

@@ -122,7 +122,8 @@ def simulate(
         part_of(config, number)
     initial_arrays(config)  # data, partition and model fail here, before anything is written
     folder = None if out is None else _open(Path(out))
-    strategy = make_strategy(config)
+    with _flower_settings(config.seed):
+        strategy = make_strategy(config)
     rounds: list[Round] = []
     metered: list[OrderedGrid] = []
 
@@ -196,7 +197,8 @@ def _run_on_ray(config: FederatedConfig, serve_on: Callable[[Grid], Result]) -> 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Flower's and ray's own
-            run_simulation(app, make_client_app(config), config.clients, backend_config=cast(Any, backend))
+            client = make_client_app(config)
+            run_simulation(app, client, config.clients, backend_config=cast(Any, backend))
     except BaseException as error:
         failure = error
     for found in ended:

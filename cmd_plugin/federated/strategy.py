@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,9 @@ class FrameStrategy(Strategy):
         inner: As given.
         traffic: Bytes and messages so far, in both directions.
         refusals: Updates that were left out.
+        round: Number of the present round.
+        flat: [N] modelled weights of the global model; differences in replies are added to them.
+        raw: Its other arrays.
         resyncs: How often a client was sent everything again because it had lost its state.
     """
 
@@ -109,32 +113,29 @@ class FrameStrategy(Strategy):
         self.traffic = Traffic()
         self.refusals: list[Refusal] = []
         self.resyncs = 0
-        self._options = {"include": include, "exclude": exclude, "statistics": statistics}
+        self._packing_of = partial(
+            Packing.of, include=include, exclude=exclude, statistics=statistics
+        )
         self._codec: ModeCodec | None = None
         self._known: dict[int, Known] = {}
         self._sent: dict[int, _Sent] = {}
         self._grid: Grid | None = None
-        self._raw: Arrays = {}
-        self._flat: Flat = np.empty(0, np.float32)
+        self.round = 0
+        self.raw: Arrays = {}
+        self.flat: Flat = np.empty(0, np.float32)
 
     # -- what a method decides --------------------------------------------------------------------
-
-    @abstractmethod
-    def prepare(self, round_number: int, flat: Flat) -> None:
-        """Get ready to send the global weights [N]; called once before each phase."""
 
     @abstractmethod
     def frame_for(self, known: Known) -> Frame:
         """Return the frame for a client that holds ``known``."""
 
-    @abstractmethod
-    def advance(self, round_number: int, flat: Flat) -> Flat:
-        """Take the aggregated weights [N] in, and return the new global ones."""
+    def prepare(self) -> None:
+        """Get ready to send :attr:`flat`; called once before each phase."""
 
-    @property
-    def base(self) -> Flat:
-        """Weights [N] that differences in replies are added to."""
-        return self._flat
+    def advance(self, flat: Flat) -> Flat:
+        """Take the aggregated weights [N] in, and return the new global ones."""
+        return flat
 
     @property
     def frozen(self) -> npt.NDArray[Any] | None:
@@ -179,17 +180,16 @@ class FrameStrategy(Strategy):
         self._grid = grid
         named = numpy_arrays(arrays)
         if self._codec is None:
-            self._codec = ModeCodec(Packing.of(named, **self._options))
+            self._codec = ModeCodec(self._packing_of(named))
         self.codec.packing.check(named)
         messages = list(getattr(self.inner, step)(server_round, arrays, config, grid))
         self._sent = {}
         if not messages:
             return []
-        self._flat = self.codec.packing.flatten(named)
-        self._raw = {
-            e.name: named[e.name] for e in self.codec.packing.raw_entries(with_local=True)
-        }
-        self.prepare(server_round, self._flat)
+        self.round = server_round
+        self.flat = self.codec.packing.flatten(named)
+        self.raw = {e.name: named[e.name] for e in self.codec.packing.raw_entries(with_local=True)}
+        self.prepare()
         return [self._framed(message, place) for place, message in enumerate(messages)]
 
     def _framed(self, message: Message, place: int) -> Message:
@@ -232,7 +232,7 @@ class FrameStrategy(Strategy):
                 f"the aggregated model of round {server_round} is unusable, {error}: lower the "
                 "learning rate of the inner strategy."
             ) from error
-        flat = self.advance(server_round, flat)
+        flat = self.advance(flat)
         return dense_record(packing.unflatten(flat, named)), metrics
 
     def aggregate_evaluate(
@@ -308,7 +308,7 @@ class FrameStrategy(Strategy):
         if len(reply.content.array_records) != 1:
             raise FrameError("reply", "more than one ArrayRecord.")
         name, frame = found
-        arrays = self.codec.accept(frame, sent.frame.header, self.base, self._raw, self.frozen)
+        arrays = self.codec.accept(frame, sent.frame.header, self.flat, self.raw, self.frozen)
         reply.content = with_record(reply.content, name, dense_record(arrays))
 
     def _check_metrics(self, reply: Message) -> None:
@@ -348,4 +348,3 @@ class FrameStrategy(Strategy):
         refusal = Refusal(server_round, node, field, reason)
         self.refusals.append(refusal)
         _log.warning("%s", refusal)
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -58,14 +59,6 @@ class Traffic:
         self.bytes_up += size
         return size
 
-    def minus(self, earlier: Traffic) -> Traffic:
-        """Return what was sent since an earlier state."""
-        return Traffic(**{name: value - getattr(earlier, name) for name, value in vars(self).items()})
-
-    def copy(self) -> Traffic:
-        """Return the present state."""
-        return Traffic(**vars(self))
-
 
 class MeteredGrid(Grid):
     """A Grid that counts every message that goes through another one.
@@ -84,12 +77,12 @@ class MeteredGrid(Grid):
         self._grid = grid
         self.traffic = Traffic()
 
-    def set_run(self, run: object) -> None:
+    def set_run(self, run: Any) -> None:
         """Hand on."""
         self._grid.set_run(run)
 
     @property
-    def run(self) -> object:
+    def run(self) -> Any:
         """Hand on."""
         return self._grid.run
 

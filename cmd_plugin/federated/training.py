@@ -116,9 +116,7 @@ class _Curves:
         """Put embedded weights back on their curves."""
         if self._trains(optimizer):
             profile = self.view.gather(self.references)
-            apply_embedding(
-                self.view, self.embedded, self.mode, self.scale, self.offset, profile
-            )
+            apply_embedding(self.view, self.embedded, self.mode, self.scale, self.offset, profile)
 
 
 def _write_back(flat: Tensor, tensor: Tensor) -> None:

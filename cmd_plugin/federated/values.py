@@ -44,7 +44,7 @@ def free_positions(plan: Plan, frozen: npt.NDArray[np.bool_] | None) -> Indices:
 
 
 def largest(values: Flat, share: float) -> Indices:
-    """Return the ascending indices of the ``ceil(share * n)`` largest absolute values; ties by index."""
+    """Return the ascending indices of the ``ceil(share * n)`` largest |values|, ties by index."""
     count = min(len(values), int(np.ceil(share * len(values))))
     order = np.argsort(-np.abs(values), kind="stable")[:count]
     return np.sort(order)
@@ -98,15 +98,17 @@ def _chosen(header: Header, sections: Sections, free: Indices) -> Indices:
     if header.flags & FLAG_INDEXED:
         if len(sections.positions) % 4:
             raise FrameError("positions", "the list of positions is cut short.")
-        listed = np.frombuffer(sections.positions, "<u4").astype(np.int64)
+        listed: Indices = np.frombuffer(sections.positions, "<u4").astype(np.int64)
         rising = bool((np.diff(listed) > 0).all())
         if len(listed) and (not rising or listed[-1] >= len(free)):
             raise FrameError("positions", "they must rise and lie inside the model.")
-        return free[listed]
+        rows: Indices = free[listed]
+        return rows
     if len(sections.positions) != -(-len(free) // 8):
         raise FrameError("positions", f"the bitmap does not fit {len(free)} free weights.")
     mask = np.unpackbits(np.frombuffer(sections.positions, np.uint8), count=len(free))
-    return free[mask.astype(bool)]
+    chosen: Indices = free[mask.astype(bool)]
+    return chosen
 
 
 def decode_values(
