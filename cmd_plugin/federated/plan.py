@@ -131,17 +131,20 @@ class Plan:
             return
         if self.identity != before:
             raise NeedResync("plan", f"plan {before:016x} is not known here, resend.")
-        at = 0
-        while at < len(increments):
-            if at + 8 > len(increments):
-                raise FrameError("plan", "an increment is cut short.")
-            length = int.from_bytes(increments[at : at + 8], "little")
-            self._apply(increments[at + 8 : at + 8 + length])
-            at += 8 + length
+        self._apply_all(increments)
         if self.identity != after:
             raise FrameError(
                 "plan", f"it ends in {self.identity:016x}, announced was {after:016x}."
             )
+
+    def _apply_all(self, increments: bytes) -> None:
+        at = 0
+        while at < len(increments):
+            length = int.from_bytes(increments[at : at + 8], "little")
+            if at + 8 + length > len(increments):
+                raise FrameError("plan", "an increment is cut short.")
+            self._apply(increments[at + 8 : at + 8 + length])
+            at += 8 + length
 
     def _apply(self, increment: bytes) -> None:
         if len(increment) < _HEAD.size:
@@ -218,11 +221,7 @@ class Plan:
     def from_bytes(cls, data: bytes) -> Plan:
         """Read what :meth:`to_bytes` wrote."""
         plan = cls(int.from_bytes(data[:8], "little"))
-        at = 8
-        while at < len(data):
-            length = int.from_bytes(data[at : at + 8], "little")
-            plan._apply(data[at + 8 : at + 8 + length])
-            at += 8 + length
+        plan._apply_all(data[8:])
         return plan
 
 
