@@ -71,6 +71,10 @@ def simulate(
             help="Use only so many training images, over all clients.", rich_help_panel=_DATA
         ),
     ] = None,
+    test_limit: Annotated[
+        int | None,
+        typer.Option(help="Evaluate on only so many held-out images.", rich_help_panel=_DATA),
+    ] = None,
     clients: Annotated[
         int, typer.Option(help="Number of clients.", rich_help_panel=_FEDERATION)
     ] = 10,
@@ -229,6 +233,7 @@ def simulate(
         data_root=data_root,
         image_size=image_size,
         train_limit=train_limit,
+        test_limit=test_limit,
         model=model,
         clients=clients,
         partition=partition,

@@ -15,8 +15,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset, TensorDataset
 
 from cmd_plugin.data import ImageData, load_dataset, make_loader
+from cmd_plugin.data.splits import stratified_subset
 from cmd_plugin.errors import InputError
 from cmd_plugin.federated.baselines import APFStrategy, FedPAQStrategy, TopKStrategy
 from cmd_plugin.federated.client import cmd_mod
@@ -64,6 +66,20 @@ def part_of(config: FederatedConfig, number: int) -> np.ndarray[Any, np.dtype[np
     """Return the indices of the training images of one client."""
     key = (config.data, config.data_root, config.seed, config.train_limit, config.image_size)
     return _parts(key, config.clients, config.partition, config.seed)[number]
+
+
+def held_out_images(config: FederatedConfig) -> Dataset[tuple[Tensor, Tensor]]:
+    """Return the images the global model is evaluated on.
+
+    Raises:
+        InputError: If more are asked for than there are.
+    """
+    test = data_of(config).test
+    if config.test_limit is None:
+        return test
+    labels = cast(Any, test).labels
+    chosen = stratified_subset(labels, config.test_limit, config.seed)
+    return TensorDataset(*cast(Any, test).__getitems__(chosen))
 
 
 def network(config: FederatedConfig, data: ImageData) -> nn.Module:
@@ -275,7 +291,7 @@ def serve(
         InputError: If the training diverges.
     """
     data = data_of(config)
-    held_out = make_loader(data.test, _EVALUATION_BATCH)
+    held_out = make_loader(held_out_images(config), _EVALUATION_BATCH)
     with own_random_state():
         model = network(config, data)
 

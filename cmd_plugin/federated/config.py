@@ -28,6 +28,7 @@ class FederatedConfig:
         data_root: Where it lies.
         image_size: Side length to resize images to; None keeps theirs.
         train_limit: Number of training images used, over all clients; None uses all.
+        test_limit: Number of held-out images used; None uses all.
         model: Network, see :func:`cmd_plugin.training.build_model`.
         clients: Number of clients.
         partition: ``"iid"`` or ``"dirichlet:ALPHA"``.
@@ -64,6 +65,7 @@ class FederatedConfig:
     data_root: str | None = None
     image_size: int | None = None
     train_limit: int | None = None
+    test_limit: int | None = None
     model: str = "cnn"
     clients: int = 10
     partition: str = "iid"
@@ -110,7 +112,7 @@ class FederatedConfig:
             "threads",
         ):
             self._require(name, "at least 1", getattr(self, name) >= 1)
-        for name in ("train_limit", "image_size"):
+        for name in ("train_limit", "test_limit", "image_size"):
             value = getattr(self, name)
             self._require(name, "at least 1", value is None or value >= 1)
         self._require("fraction", "above 0 and at most 1", 0.0 < self.fraction <= 1.0)

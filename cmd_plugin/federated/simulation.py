@@ -28,6 +28,7 @@ from cmd_plugin.errors import InputError, PluginError, require
 from cmd_plugin.federated.apps import (
     OrderedGrid,
     data_of,
+    held_out_images,
     initial_arrays,
     make_client_app,
     make_strategy,
@@ -117,7 +118,7 @@ def simulate(
         MissingDependency: If ray is needed and missing.
     """
     started = time.perf_counter()
-    data_of(config)
+    images = len(held_out_images(config))  # type: ignore[arg-type]
     for number in range(config.clients):
         part_of(config, number)
     initial_arrays(config)  # data, partition and model fail here, before anything is written
@@ -143,7 +144,8 @@ def simulate(
     run = _run_on_ray if config.engine == "ray" else _run_in_process
     with _flower_settings(config.seed):
         result = run(config, serve_on)
-    summary = _summary(config, strategy, metered[0], rounds, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    summary = _summary(config, strategy, metered[0], rounds, images, seconds)
     # No round ended with an update: the model is the initial one.
     arrays = result.arrays if result.arrays else initial_arrays(config)
     state = {name: torch.from_numpy(a.numpy().copy()) for name, a in arrays.items()}
@@ -273,6 +275,7 @@ def _summary(
     strategy: Strategy,
     grid: OrderedGrid,
     rounds: list[Round],
+    images: int,
     seconds: float,
 ) -> dict[str, Any]:
     """The content of result.json."""
@@ -299,7 +302,7 @@ def _summary(
         "data": {
             "name": data.name,
             "train_images": len(data.train),  # type: ignore[arg-type]
-            "held_out_images": len(data.test),  # type: ignore[arg-type]
+            "held_out_images": images,
             "classes": list(data.classes),
             "images_per_client": [len(part_of(config, n)) for n in range(config.clients)],
         },
