@@ -15,6 +15,7 @@ from cmd_plugin.federated.frame import FrameError
 from cmd_plugin.federated.partition import partition_indices
 
 if TYPE_CHECKING:
+    from cmd_plugin.federated.apps import make_client_app as make_client_app
     from cmd_plugin.federated.baselines import APFStrategy as APFStrategy
     from cmd_plugin.federated.baselines import FedPAQStrategy as FedPAQStrategy
     from cmd_plugin.federated.baselines import TopKStrategy as TopKStrategy
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cmd_plugin.federated.cmd_strategy import CMDStrategy as CMDStrategy
     from cmd_plugin.federated.inprocess import InProcessGrid as InProcessGrid
     from cmd_plugin.federated.simulation import FederatedResult as FederatedResult
+    from cmd_plugin.federated.simulation import make_server_app as make_server_app
     from cmd_plugin.federated.simulation import simulate as simulate
     from cmd_plugin.federated.traffic import MeteredGrid as MeteredGrid
     from cmd_plugin.federated.training import embedded_training as embedded_training
@@ -40,6 +42,8 @@ __all__ = [
     "TopKStrategy",
     "cmd_mod",
     "embedded_training",
+    "make_client_app",
+    "make_server_app",
     "partition_indices",
     "project_mod",
     "simulate",
@@ -55,6 +59,8 @@ _WITH_FLOWER = {
     "TopKStrategy": "baselines",
     "cmd_mod": "client",
     "embedded_training": "training",
+    "make_client_app": "apps",
+    "make_server_app": "simulation",
     "project_mod": "client",
     "simulate": "simulation",
 }

@@ -79,7 +79,9 @@ def held_out_images(config: FederatedConfig) -> Dataset[tuple[Tensor, Tensor]]:
         return test
     labels = cast(Any, test).labels
     chosen = stratified_subset(labels, config.test_limit, config.seed)
-    return TensorDataset(*cast(Any, test).__getitems__(chosen))
+    return cast(
+        "Dataset[tuple[Tensor, Tensor]]", TensorDataset(*cast(Any, test).__getitems__(chosen))
+    )
 
 
 def network(config: FederatedConfig, data: ImageData) -> nn.Module:
@@ -274,7 +276,7 @@ def serve(
     grid: MeteredGrid,
     config: FederatedConfig,
     strategy: Strategy,
-    on_round: Callable[[int, Score, MetricRecord | None], None] | None = None,
+    on_round: Callable[[int, Score], None] | None = None,
     *,
     timeout_s: float = 3600.0,
 ) -> Result:
@@ -304,10 +306,9 @@ def serve(
                 f"the training diverged in round {round_number}: the held-out loss is "
                 f"{found.loss}; lower --lr."
             )
-        metrics = MetricRecord({"loss": found.loss, "accuracy": found.accuracy})
         if on_round is not None:
-            on_round(round_number, found, metrics)
-        return metrics
+            on_round(round_number, found)
+        return MetricRecord({"loss": found.loss, "accuracy": found.accuracy})
 
     return strategy.start(
         grid=grid,

@@ -9,11 +9,12 @@ import numpy.typing as npt
 from flwr.serverapp.strategy import Strategy
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.federated.codec import Known, ModeCodec
+from cmd_plugin.federated.codec import ModeCodec
 from cmd_plugin.federated.frame import FLAG_REPLY_DELTA, KIND_DOWN, Frame, Header
 from cmd_plugin.federated.packing import Flat
 from cmd_plugin.federated.quantise import check_bits
 from cmd_plugin.federated.strategy import FrameStrategy
+from cmd_plugin.federated.values import Known
 
 __all__ = ["APFStrategy", "FedPAQStrategy", "TopKStrategy"]
 

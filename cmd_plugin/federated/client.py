@@ -17,9 +17,10 @@ from cmd_plugin.federated._flower import (
     numpy_arrays,
     with_record,
 )
-from cmd_plugin.federated.codec import ModeCodec, Received
+from cmd_plugin.federated.codec import ModeCodec
 from cmd_plugin.federated.frame import FrameError, NeedResync
 from cmd_plugin.federated.packing import Flat
+from cmd_plugin.federated.values import Received
 
 __all__ = ["cmd_mod", "load_codec", "load_projection", "project_mod"]
 

@@ -10,11 +10,12 @@ import torch
 from flwr.serverapp.strategy import Strategy
 
 from cmd_plugin.errors import PluginError
-from cmd_plugin.federated.codec import PROJECTIONS, Known
+from cmd_plugin.federated.codec import PROJECTIONS
 from cmd_plugin.federated.frame import FLAG_POOL, FLAG_REPLY_DELTA, KIND_DOWN, Frame, Header
 from cmd_plugin.federated.packing import Flat
 from cmd_plugin.federated.quantise import check_bits
 from cmd_plugin.federated.strategy import FrameStrategy
+from cmd_plugin.federated.values import Known
 from cmd_plugin.modes import Embedding, Layout, OnlineModes
 
 __all__ = ["CMDStrategy"]

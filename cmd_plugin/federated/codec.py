@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -28,41 +28,21 @@ from cmd_plugin.federated.frame import (
 from cmd_plugin.federated.packing import Arrays, Flat, Packing
 from cmd_plugin.federated.plan import Plan
 from cmd_plugin.federated.quantise import check_bits, quantised_bytes
-from cmd_plugin.federated.values import decode_values, encode_values, free_positions
+from cmd_plugin.federated.values import (
+    Known,
+    Received,
+    decode_values,
+    encode_values,
+    free_positions,
+)
 from cmd_plugin.modes.settings import Projection
 
-__all__ = ["PROJECTIONS", "Known", "ModeCodec", "Received"]
+__all__ = ["PROJECTIONS", "ModeCodec"]
 
 PROJECTIONS = get_args(Projection)
 """What clients do with embedded weights while they train; see :class:`CMDStrategy`."""
 
 Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Known:
-    """What a receiver is known to hold: nothing at all by default."""
-
-    layout: int = 0
-    plan: int = 0
-    values: int = 0
-
-
-@dataclass(frozen=True)
-class Received:
-    """A frame from the server, decoded.
-
-    Attributes:
-        header: Its header, with what is asked of the reply.
-        arrays: Name -> array, exactly those of the model.
-        flat: [N] the modelled weights among them.
-        free: Positions of the weights the reply has to hold.
-    """
-
-    header: Header
-    arrays: dict[str, npt.NDArray[Any]]
-    flat: Flat
-    free: npt.NDArray[np.int64]
 
 
 class ModeCodec:

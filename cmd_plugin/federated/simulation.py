@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save_file
 
 from cmd_plugin import __version__
@@ -44,7 +44,7 @@ from cmd_plugin.federated.traffic import Traffic
 from cmd_plugin.training import Score
 from cmd_plugin.training.folder import write_atomically, write_json
 
-__all__ = ["FederatedResult", "Round", "simulate"]
+__all__ = ["FederatedResult", "Round", "make_server_app", "simulate", "train_and_record"]
 
 _COLUMNS = (
     "round",
@@ -117,23 +117,64 @@ def simulate(
         InputError: If data, model or folder cannot be used, or the training diverges.
         MissingDependency: If ray is needed and missing.
     """
-    started = time.perf_counter()
-    images = len(held_out_images(config))  # type: ignore[arg-type]
+    held_out_images(config)
     for number in range(config.clients):
         part_of(config, number)
     initial_arrays(config)  # data, partition and model fail here, before anything is written
+
+    def train_on(grid: Grid) -> FederatedResult:
+        return train_and_record(grid, config, out, progress=progress)
+
+    if config.engine == "ray":
+        return _run_on_ray(config, train_on)
+    nodes = [
+        {"partition-id": number, "num-partitions": config.clients}
+        for number in range(config.clients)
+    ]
+    return train_on(InProcessGrid(make_client_app(config), nodes))
+
+
+def make_server_app() -> ServerApp:
+    """Return the server of a deployed federation; its options are in Flower's run configuration.
+
+    They are those of :class:`FederatedConfig` with dashes for underscores, and ``out``, the folder
+    for results on the server's machine (empty for none).
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config = FederatedConfig.from_run_config(context.run_config)
+        train_and_record(grid, config, str(context.run_config.get("out", "")) or None)
+
+    return app
+
+
+def train_and_record(
+    grid: Grid,
+    config: FederatedConfig,
+    out: str | Path | None = None,
+    *,
+    progress: Callable[[Round], None] | None = None,
+) -> FederatedResult:
+    """Train on an engine's grid, count what is sent, and write results as rounds end.
+
+    Args:
+        grid: The engine's grid.
+        config: The options.
+        out: Folder for results; None writes nothing.
+        progress: Called after every round, and for the initial model as round 0.
+
+    Raises:
+        InputError: If the folder cannot be used or the training diverges.
+    """
+    started = time.perf_counter()
     folder = None if out is None else _open(Path(out))
-    with _flower_settings(config.seed):
-        strategy = make_strategy(config)
+    ordered = OrderedGrid(grid)
     rounds: list[Round] = []
-    metered: list[OrderedGrid] = []
 
-    def serve_on(grid: Grid) -> Result:
-        metered.append(OrderedGrid(grid))
-        return serve(metered[0], config, strategy, on_round)
-
-    def on_round(number: int, score: Score, _: object) -> None:
-        rounds.append(_round(number, score, strategy, metered[0].traffic, rounds))
+    def on_round(number: int, score: Score) -> None:
+        rounds.append(_round(number, score, strategy, ordered.traffic, rounds))
         _check_somebody_answered(number, strategy, config)
         if folder is not None:
             with (folder / "metrics.csv").open("a", newline="", encoding="utf-8") as stream:
@@ -141,18 +182,16 @@ def simulate(
         if progress is not None:
             progress(rounds[-1])
 
-    run = _run_on_ray if config.engine == "ray" else _run_in_process
     with _flower_settings(config.seed):
-        result = run(config, serve_on)
-    seconds = time.perf_counter() - started
-    summary = _summary(config, strategy, metered[0], rounds, images, seconds)
+        strategy = make_strategy(config)
+        result = serve(ordered, config, strategy, on_round)
+    summary = _summary(config, strategy, ordered, rounds, time.perf_counter() - started)
     # No round ended with an update: the model is the initial one.
-    arrays = result.arrays if result.arrays else initial_arrays(config)
+    arrays = result.arrays or initial_arrays(config)
     state = {name: torch.from_numpy(a.numpy().copy()) for name, a in arrays.items()}
     if folder is not None:
         write_atomically(
-            folder / "model.safetensors",
-            lambda path: save_file(state, path, {"format": "pt"}),
+            folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"})
         )
         write_report(folder / "report.png", summary)
         write_json(folder / "result.json", summary)
@@ -162,25 +201,19 @@ def simulate(
 # -- engines --------------------------------------------------------------------------------------
 
 
-def _run_in_process(config: FederatedConfig, serve_on: Callable[[Grid], Result]) -> Result:
-    nodes = [
-        {"partition-id": number, "num-partitions": config.clients}
-        for number in range(config.clients)
-    ]
-    return serve_on(InProcessGrid(make_client_app(config), nodes))
-
-
-def _run_on_ray(config: FederatedConfig, serve_on: Callable[[Grid], Result]) -> Result:
+def _run_on_ray(
+    config: FederatedConfig, train_on: Callable[[Grid], FederatedResult]
+) -> FederatedResult:
     require("ray", "federated")
     from flwr.simulation import run_simulation
 
     app = ServerApp()
-    ended: list[Result | BaseException] = []
+    ended: list[FederatedResult | BaseException] = []
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001 Flower's signature
         try:
-            ended.append(serve_on(grid))
+            ended.append(train_on(grid))
         except BaseException as error:
             ended.append(error)
             raise
@@ -197,7 +230,7 @@ def _run_on_ray(config: FederatedConfig, serve_on: Callable[[Grid], Result]) -> 
     }
     failure: BaseException | None = None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _flower_settings(config.seed):
             warnings.simplefilter("ignore")  # Flower's and ray's own
             client = make_client_app(config)
             run_simulation(app, client, config.clients, backend_config=cast(Any, backend))
@@ -275,7 +308,6 @@ def _summary(
     strategy: Strategy,
     grid: OrderedGrid,
     rounds: list[Round],
-    images: int,
     seconds: float,
 ) -> dict[str, Any]:
     """The content of result.json."""
@@ -302,7 +334,7 @@ def _summary(
         "data": {
             "name": data.name,
             "train_images": len(data.train),  # type: ignore[arg-type]
-            "held_out_images": images,
+            "held_out_images": len(held_out_images(config)),  # type: ignore[arg-type]
             "classes": list(data.classes),
             "images_per_client": [len(part_of(config, n)) for n in range(config.clients)],
         },

@@ -27,10 +27,11 @@ from cmd_plugin.federated._flower import (
     serialised_bytes,
     with_record,
 )
-from cmd_plugin.federated.codec import Known, ModeCodec
+from cmd_plugin.federated.codec import ModeCodec
 from cmd_plugin.federated.frame import Frame, FrameError
 from cmd_plugin.federated.packing import Arrays, Flat, Packing, check_statistics
 from cmd_plugin.federated.traffic import Traffic
+from cmd_plugin.federated.values import Known
 
 __all__ = ["FrameStrategy", "Refusal"]
 

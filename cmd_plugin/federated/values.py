@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,43 @@ from cmd_plugin.federated.packing import Flat
 from cmd_plugin.federated.plan import Plan
 from cmd_plugin.federated.quantise import dequantise, quantise
 
-__all__ = ["EncodedValues", "decode_values", "encode_values", "free_positions", "largest"]
+__all__ = [
+    "EncodedValues",
+    "Known",
+    "Received",
+    "decode_values",
+    "encode_values",
+    "free_positions",
+    "largest",
+]
 
 Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a receiver is known to hold: nothing at all by default."""
+
+    layout: int = 0
+    plan: int = 0
+    values: int = 0
+
+
+@dataclass(frozen=True)
+class Received:
+    """A frame from the server, decoded.
+
+    Attributes:
+        header: Its header, with what is asked of the reply.
+        arrays: Name -> array, exactly those of the model.
+        flat: [N] the modelled weights among them.
+        free: Positions of the weights the reply has to hold.
+    """
+
+    header: Header
+    arrays: dict[str, npt.NDArray[Any]]
+    flat: Flat
+    free: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

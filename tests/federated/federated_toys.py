@@ -110,8 +110,8 @@ def make_grid(app: ClientApp, clients: int = 4) -> InProcessGrid:
     )
 
 
-def fed_avg(clients: int = 4, *, fraction: float = 1.0, evaluate: float = 0.0) -> FedAvg:
-    """Return FedAvg for so many clients."""
+def fed_avg(*, fraction: float = 1.0, evaluate: float = 0.0) -> FedAvg:
+    """Return FedAvg, for any number of clients."""
     return FedAvg(
         fraction_train=fraction,
         fraction_evaluate=evaluate,
@@ -157,7 +157,9 @@ def digest(arrays: ArrayRecord) -> str:
 class TappedGrid(MeteredGrid):
     """A grid that keeps every message it sees: phases[i] = (sent, replies) of one exchange."""
 
-    def __init__(self, grid: InProcessGrid, reorder: Callable[[list[Any]], list[Any]] = list):
+    def __init__(
+        self, grid: InProcessGrid, reorder: Callable[[list[Any]], list[Any]] = list
+    ) -> None:
         super().__init__(grid)
         self.reorder = reorder
         self.phases: list[tuple[list[Message], list[Message]]] = []

@@ -118,7 +118,7 @@ def test_topk_sends_the_largest_and_remembers_the_rest() -> None:
 
 def test_topk_loses_nothing_in_the_long_run() -> None:
     """Error feedback: sent + left out = trained, for one client and every weight."""
-    strategy = TopKStrategy(fed_avg(1), share=0.05)
+    strategy = TopKStrategy(fed_avg(), share=0.05)
     inner = make_grid(make_app(), 1)
     (context,) = inner.contexts.values()
     grid = TappedGrid(inner)
@@ -172,7 +172,7 @@ def test_lost_state_is_resynchronised() -> None:
         lambda: APFStrategy(fed_avg(), threshold=0.9),
     ):
         strategy, inner = make(), make_grid(make_app())
-        victim = list(inner.contexts)[0]
+        victim = next(iter(inner.contexts))
 
         def on_round(number: int, _: Any, inner: Any = inner, victim: int = victim) -> None:
             if number == 5:

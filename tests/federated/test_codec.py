@@ -10,7 +10,6 @@ import pytest
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.federated import ModeCodec
-from cmd_plugin.federated.codec import Known, Received
 from cmd_plugin.federated.frame import (
     FLAG_KEEP,
     FLAG_REPLY_DELTA,
@@ -22,6 +21,7 @@ from cmd_plugin.federated.frame import (
     NeedResync,
 )
 from cmd_plugin.federated.packing import Packing
+from cmd_plugin.federated.values import Known, Received
 
 Named = dict[str, Any]
 

@@ -123,7 +123,7 @@ def test_client_side_clipping_needs_the_projection(projected: bool) -> None:
     strategy = cmd(inner)
     models: list[dict[str, np.ndarray]] = []
 
-    def worst(number: int, round_number: int, content: RecordDict) -> None:
+    def worst(_: int, round_number: int, content: RecordDict) -> None:
         """After the last event, move the references alone: all that follow them are dragged on."""
         if round_number < ROUNDS:
             return
@@ -168,9 +168,9 @@ def test_a_refused_update_does_not_cost_a_private_round() -> None:
     )
 
     def raising(message: Message, context: Context) -> None:
-        if message.content["config"]["server-round"] == 3:
-            if context.node_config["partition-id"] == 0:
-                raise RuntimeError("gone")
+        where = message.content["config"]["server-round"], context.node_config["partition-id"]
+        if where == (3, 0):
+            raise RuntimeError("gone")
 
     models: list[bytes] = []
     strategy = cmd(inner)

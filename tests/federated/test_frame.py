@@ -36,14 +36,14 @@ def test_every_flipped_bit_is_noticed(position: int) -> None:
 
 @pytest.mark.parametrize("length", [0, 3, OVERHEAD - 1])
 def test_too_short(length: int) -> None:
-    with pytest.raises(FrameError, match="header: .* bytes are too few"):
+    with pytest.raises(FrameError, match=r"header: .* bytes are too few"):
         Frame.unpack(Frame(HEADER, Sections()).pack()[:length])
 
 
 def test_cut_short_and_too_long() -> None:
     data = Frame(HEADER, Sections(values=bytes(100))).pack()
     for wrong in (data[:-1], data + b"x"):
-        with pytest.raises(FrameError, match="length: .* announced"):
+        with pytest.raises(FrameError, match=r"length: .* announced"):
             Frame.unpack(wrong)
 
 
@@ -72,4 +72,4 @@ def test_errors_name_field_and_reason_and_cross_processes() -> None:
 def test_header_and_sections_fill_the_fixed_part() -> None:
     # 4 magic, 1 version, 5 bytes + flags, round, five identities, share, lengths, check sum
     assert len(fields(Header)) == 12
-    assert OVERHEAD == 4 + 1 + 4 + 2 + 4 + 5 * 8 + 8 + 8 * len(fields(Sections)) + 4
+    assert 4 + 1 + 4 + 2 + 4 + 5 * 8 + 8 + 8 * len(fields(Sections)) + 4 == OVERHEAD

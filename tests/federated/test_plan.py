@@ -74,7 +74,7 @@ def test_size_of_an_increment() -> None:
 def test_a_follower_of_another_plan_asks_for_everything() -> None:
     plan, other = grown(), grown(1, seed=5)
     assert plan.since(other.identity) is None
-    with pytest.raises(NeedResync, match="plan .* is not known here, resend"):
+    with pytest.raises(NeedResync, match=r"plan .* is not known here, resend"):
         other.extend(grown(1).identity, b"", plan.identity)
 
 

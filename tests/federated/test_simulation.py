@@ -81,7 +81,7 @@ def test_every_method_runs_and_counts(method: str) -> None:
 
 
 def test_fedavg_bytes_are_those_of_a_fedavg_run() -> None:
-    """Up to what pinned counters save: Flower turns BatchNorm's into float64, two letters longer."""
+    """Up to what pinned counters save: Flower makes BatchNorm's float64, two letters longer."""
     framed = simulate(FederatedConfig(**QUICK)).summary
     plain = simulate(FederatedConfig(**QUICK, method="fedavg")).summary
     letters = len("float64") - len("int64")

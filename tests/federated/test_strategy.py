@@ -29,9 +29,9 @@ OPTIONS: dict[str, Any] = {"modes": 3, "warmup": 2, "samples": 60, "seed": 0}
 EVENTS = Embedding(every=2, percent=30.0)  # the fit after round 3, events after rounds 5, 7, 9
 
 
-def cmd(embedding: Embedding = EVENTS, clients: int = 4, **options: Any) -> CMDStrategy:
+def cmd(embedding: Embedding = EVENTS, **options: Any) -> CMDStrategy:
     """The strategy under test."""
-    inner = options.pop("inner", None) or fed_avg(clients)
+    inner = options.pop("inner", None) or fed_avg()
     return CMDStrategy(inner, embedding, **{**OPTIONS, **options})
 
 
@@ -69,7 +69,7 @@ def test_one_client_is_centralised_embedded_cmd(project: Any) -> None:
         modes.project()
         modes.update()
         modes.project()
-    strategy = cmd(embedding, clients=1)
+    strategy = cmd(embedding)
     result = run(strategy, make_grid(make_app(), 1), rounds)
     assert result.arrays is not None
     assert strategy.embedded_fraction == modes.embedded_fraction > 0.7
@@ -218,19 +218,13 @@ def test_a_late_joiner_gets_everything_in_one_message() -> None:
 def test_lost_state_costs_one_message_and_no_bit(bits: int | None) -> None:
     """Oracle 7: one client loses its state before every round; the final model is the same."""
 
-    def forget(message: Any, context: Any) -> None:
-        pass
-
-    def wipe(context: Any) -> None:
-        context.state.clear()
-
     strategy, other = cmd(bits=bits), cmd(bits=bits)
-    expected = run(other, make_grid(make_app(before=forget)), 9)
+    expected = run(other, make_grid(make_app()), 9)
     inner = make_grid(make_app())
     victim = list(inner.contexts)[1]
 
-    def on_round(number: int, _: Any) -> None:
-        wipe(inner.contexts[victim])
+    def on_round(_: int, __: Any) -> None:
+        inner.contexts[victim].state.clear()
 
     found = run(strategy, TappedGrid(inner), 9, on_round=on_round)
     assert found.arrays is not None

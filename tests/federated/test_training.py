@@ -127,9 +127,16 @@ def test_with_project_epoch_nothing_happens() -> None:
 
 def test_hooks_are_gone_after_an_exception() -> None:
     context, _ = trained_client("tie")
-    with pytest.raises(ZeroDivisionError), embedded_training(context, network()):
-        assert hooks() == (1, 1)
-        raise ZeroDivisionError
+    seen = []
+
+    def broken() -> None:
+        with embedded_training(context, network()):
+            seen.append(hooks())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
+    assert seen == [(1, 1)]
     assert hooks() == (0, 0)
 
 
