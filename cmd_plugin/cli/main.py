@@ -46,7 +46,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Correlation modes of training dynamics: train with them, or find them in finished runs.
+    """Instruments for training runs and trained networks.
 
     \b
     Example, about a minute, nothing to download:
