@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmd_plugin.kernels._numba import CHUNK, array, compiled, model_chunk, nothing, numbers
+from cmd_plugin.kernels._numba import CHUNK, array, exact, model_chunk, nothing, numbers
 from cmd_plugin.kernels._threads import in_threads
 from cmd_plugin.kernels.update_affine._numba import update_chunk
 
 __all__ = ["update_and_reconstruct"]
 
 
-@compiled
+@exact
 def _both(weights, mode, slope, mean, total, gain, step, energy, blend, decay, out):
     squares = 0.0
     scratch = np.empty(CHUNK, dtype=mean.dtype)
