@@ -236,6 +236,22 @@ def test_a_run_that_stands_still_embeds_nothing() -> None:
     assert modes.project(torch.ones(50)) == 0
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_coefficients_that_overflowed_are_never_embedded(bad: float) -> None:
+    rows = walks(40, 300).float()
+    modes = follow(rows[:12], **OPTIONS, embedding=Embedding(5, 50))
+    spoilt = next(i for i in range(300) if i not in modes.references)
+    modes.tracker.slope[spoilt] = bad
+    for row in rows[12:]:
+        modes.update(row)
+    expected = torch.ones(300, dtype=torch.bool)
+    expected[modes.references] = expected[spoilt] = False
+    assert torch.equal(modes.embedded, expected)
+    row = rows[-1].clone()
+    modes.project(row)
+    assert row.isfinite().all()
+
+
 def test_a_quota_is_exact() -> None:
     """7 % of 100 weights are 7, though 100 * 0.07 is more than that in floats."""
     modes = follow(walks(11, 100), modes=1, warmup=4, samples=50, embedding=Embedding(10, 7.0))
