@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.paths(), pytest.mark.slow]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+FOLDERS = [str(HERE), str(HERE.parent / "callbacks" / "test_kernels.py")]
 
 
 def run(command: list[str], **variables: str) -> str:
@@ -36,7 +37,7 @@ def test_oracle_21_triton_kernels_equal_the_specification() -> None:
     """The tests of this folder once more, on Triton's interpreter."""
     output = run(
         [
-            *("-m", "pytest", str(HERE), "-m", "interpret", "-q", "-p", "no:cacheprovider"),
+            *("-m", "pytest", *FOLDERS, "-m", "interpret", "-q", "-p", "no:cacheprovider"),
             *("-W", "ignore::RuntimeWarning"),  # NumPy warns of the NaN that some tests are about
         ],
         TRITON_INTERPRET="1",
