@@ -14,14 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cmd_plugin.kernels._dispatch import interpreting
 from cmd_plugin.kernels.pointer_table import BLOCK, Launch
 from cmd_plugin.kernels.pointer_table import RECORD as _RECORD
 from cmd_plugin.kernels.pointer_table import STRIDED as _STRIDED
 
-__all__ = ["RECORD", "aligned", "find_block", "launch", "launch_blocks", "pack", "strided"]
+__all__ = [
+    "aligned",
+    "find_block",
+    "launch",
+    "launch_blocks",
+    "launch_vector",
+    "pack",
+    "rounded",
+    "strided",
+    "vector_block",
+]
 
 RECORD: tl.constexpr = tl.constexpr(_RECORD)
 STRIDED: tl.constexpr = tl.constexpr(_STRIDED)
+INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
 
 _TYPES = {
     torch.float16: tl.float16,
@@ -43,6 +55,18 @@ def find_block(records, WEIGHT: tl.constexpr):
         tl.load(record + 3),
         tl.load(record + 4),
     )
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """Round to nearest even, also where Triton's interpreter cuts bits off (bfloat16)."""
+    if INTERPRETED and tl.bfloat16 == TYPE:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        y = tl.where(x != x, 0x7FC0, upper).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(TYPE)
+    return y
 
 
 @triton.jit
@@ -90,6 +114,30 @@ def launch(
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*arguments, num_warps=4, **options)
+
+
+def launch_vector(
+    kernel: Any, numel: int, block: int, device: torch.device, *arguments: Any, **options: Any
+) -> None:
+    """Run a kernel over the blocks of a vector, its last parameters (first block, N).
+
+    Whole blocks need no mask, which for lengths that 16 does not divide would keep the compiler
+    from reading 16 bytes at once; the rest of the vector is a launch of one program.
+    """
+    whole = numel // block
+    options = {"BLOCK": block, **options}
+    launch(kernel, whole, device, *arguments, 0, numel, WHOLE=True, **options)
+    if numel % block:
+        launch(kernel, 1, device, *arguments, whole, numel, WHOLE=False, **options)
+
+
+@triton.jit
+def vector_block(first, numel, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return (positions, whether they exist) of a program of :func:`launch_vector`."""
+    lane = tl.arange(0, BLOCK)
+    start = (tl.program_id(0).to(tl.int64) + first) * BLOCK
+    ok = lane < BLOCK if WHOLE else start + lane < numel
+    return start + lane, ok
 
 
 def launch_blocks(kernel: Any, blocks: Launch, *arguments: Any, **options: Any) -> None:

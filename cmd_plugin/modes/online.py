@@ -15,7 +15,7 @@ from cmd_plugin.errors import PluginError, StateMismatch
 from cmd_plugin.kernels import FlatView
 from cmd_plugin.modes.choice import ModeChoice
 from cmd_plugin.modes.embedding import Embedder, check_embedding
-from cmd_plugin.modes.exchange import keep_tensors, recalibrated, statistics_of
+from cmd_plugin.modes.exchange import keep_tensors, modelled, recalibrated, statistics_of
 from cmd_plugin.modes.fitted import FittedModes
 from cmd_plugin.modes.layout import Layout, check_buffers, find_weights
 from cmd_plugin.modes.sampling import sample_weights
@@ -305,11 +305,11 @@ class OnlineModes(FittedModes):
         with torch.inference_mode(False), torch.no_grad():
             view = self._read(target)
             tensors = find_weights(self.layout, target, "the model")
-        with keep_tensors([*tensors.values(), *statistics_of(target)]):
+        raw = list(tensors.values())
+        with keep_tensors(statistics_of(target)), modelled(view, raw, tracker):
             self._swapped = True
             try:
                 with torch.no_grad():
-                    tracker.reconstruct_into(view)
                     if self._embedder is not None:
                         self._embedder.write(view, tracker)
                     for name in self.layout.names:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Required
 
-from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, reconstruct_into, update_affine
+from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, swap_in, update_affine
 from cmd_plugin.modes.choice import ModeChoice
 from cmd_plugin.modes.fit import explained_by_layer, sum_in_double, sum_of_squares
 from cmd_plugin.modes.layout import Layout
@@ -180,9 +180,9 @@ class Tracker:
             weights[at] = self.profile.to(weights.device, weights.dtype)
         return weights
 
-    def reconstruct_into(self, weights: FlatView) -> None:
-        """Write the modelled weights of the last snapshot into ``weights``, in place."""
-        reconstruct_into(weights, self.mode, self.slope, self.mean, **self.evaluation())
+    def swap_in(self, weights: FlatView, backup: FlatView) -> None:
+        """Copy ``weights`` to ``backup``; write the modelled ones of the last snapshot in place."""
+        swap_in(weights, backup, self.mode, self.slope, self.mean, **self.evaluation())
         if self.follows_references:
             weights.put(self.choice.references, self.profile)
 

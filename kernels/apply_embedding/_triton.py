@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, strided
+from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, rounded, strided
 from cmd_plugin.kernels.flat_view import FlatView
 
 __all__ = ["apply_embedding"]
@@ -23,7 +23,7 @@ def _apply_block(weights, where, at, ok, embedded, mode, scale, offset, profile)
     m = tl.load(mode + at, chosen, 0).to(tl.int32)
     model = tl.load(scale + at, chosen, 0.0) * tl.load(profile + m)
     model += tl.load(offset + at, chosen, 0.0)
-    tl.store(weights + where, model.to(weights.dtype.element_ty), chosen)
+    tl.store(weights + where, rounded(model, weights.dtype.element_ty), chosen)
 
 
 @triton.jit

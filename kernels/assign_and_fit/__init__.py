@@ -58,7 +58,7 @@ def assign_and_fit(
         profiles: [M, T] float64 trajectories of the modes, M in 1..256, none constant.
         base: [N] first snapshot, when ``trajectory`` holds differences.
         backend: See :func:`cmd_plugin.kernels.update_affine`; the compiled CPU path takes float32,
-            bfloat16 and float64 trajectories whose rows are contiguous.
+            bfloat16 and float64 trajectories.
 
     Returns:
         Mode, scale, mean and total, each [N]; float64 when the weights are float64, else float32.
@@ -124,11 +124,10 @@ def _allocate(trajectory: Tensor, base: Tensor | None) -> AffineFit:
 
 
 def _compilable(trajectory: Tensor, base: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the compiled path reads these dtypes and strides."""
-    rows = trajectory.shape[1] == 1 or trajectory.stride(1) == 1
+    """Whether the compiled path reads these dtypes."""
     first = base is None or (base.dtype == dtype and base.is_contiguous())
     widened = trajectory.dtype == torch.bfloat16 and dtype == torch.float32
-    return rows and first and (trajectory.dtype == dtype or widened)
+    return first and (trajectory.dtype == dtype or widened)
 
 
 def _run(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmd_plugin.kernels._triton import launch, pack
+from cmd_plugin.kernels._triton import launch_vector, pack, vector_block
 from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
 
 __all__ = ["assign_and_fit"]
@@ -44,16 +44,17 @@ def _fit(
     scale,
     mean,
     total,
-    numel,
     stored,
     modes,
     padded,
     row,
     column,
+    first_block,
+    numel,
+    WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < numel
+    at, ok = vector_block(first_block, numel, WHOLE, BLOCK)
     number = mean.dtype.element_ty
     first = trajectory + at * column
     if base is not None:
@@ -65,12 +66,16 @@ def _fit(
 
     shift = tl.zeros([BLOCK], dtype=number)
     rows = first
-    for _ in tl.range(stored, loop_unroll_factor=4):
-        x = tl.load(rows, ok, 0.0).to(number)
-        if base is None:
-            x -= pivot
-        shift += x
-        rows += row
+    # Sums of 16 rows are added to the sum: it errs by some 16 + T / 16 roundings, not by T.
+    for low in range(0, stored, 16):
+        part = tl.zeros([BLOCK], dtype=number)
+        for _ in tl.range(tl.minimum(stored - low, 16), loop_unroll_factor=4):
+            x = tl.load(rows, ok, 0.0).to(number)
+            if base is None:
+                x -= pivot
+            part += x
+            rows += row
+        shift += part
     shift = shift / snapshots
 
     best = tl.full([BLOCK], -1.0, dtype=number)
@@ -136,9 +141,10 @@ def assign_and_fit(
     unit = torch.zeros(snapshots, padded, dtype=torch.float64)
     unit[:, :modes] = (reference / norm).T
     tables = pack(mean, unit, snapshots * (4 * roundoff) ** 2, 1.0 / norm)
-    launch(
+    launch_vector(
         _fit,
-        -(-numel // _BLOCK),
+        numel,
+        _BLOCK,
         mean.device,
         trajectory,
         None if base is None else base.contiguous(),
@@ -149,11 +155,9 @@ def assign_and_fit(
         scale,
         mean,
         total,
-        numel,
         stored,
         modes,
         padded,
         trajectory.stride(0),
         trajectory.stride(1),
-        BLOCK=_BLOCK,
     )

@@ -6,16 +6,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmd_plugin.kernels._triton import launch
+from cmd_plugin.kernels._triton import launch_vector, vector_block
 from cmd_plugin.kernels.pointer_table import BLOCK as _BLOCK
 
 __all__ = ["coefficient_drift"]
 
 
 @triton.jit
-def _drift(scale, offset, old_scale, old_offset, out, numel, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < numel
+def _drift(
+    scale,
+    offset,
+    old_scale,
+    old_offset,
+    out,
+    first,
+    numel,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at, ok = vector_block(first, numel, WHOLE, BLOCK)
     a = tl.load(scale + at, ok, 0.0) - tl.load(old_scale + at, ok, 0.0)
     b = tl.load(offset + at, ok, 0.0) - tl.load(old_offset + at, ok, 0.0)
     square = a * a + b * b
@@ -29,16 +38,15 @@ def coefficient_drift(
     scale: Tensor, offset: Tensor, old_scale: Tensor, old_offset: Tensor, out: Tensor
 ) -> None:
     """See :func:`cmd_plugin.kernels.coefficient_drift`; fills ``out``."""
-    launch(
+    launch_vector(
         _drift,
-        -(-len(scale) // _BLOCK),
+        len(scale),
+        _BLOCK,
         scale.device,
         scale,
         offset,
         old_scale,
         old_offset,
         out,
-        len(scale),
-        BLOCK=_BLOCK,
         enable_fp_fusion=False,
     )

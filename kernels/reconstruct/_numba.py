@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from cmd_plugin.kernels._numba import CHUNK, array, compiled, model_chunk, numbers
+from cmd_plugin.kernels._numba import CHUNK, array, exact, model_chunk, numbers
 from cmd_plugin.kernels._threads import in_threads
 
 __all__ = ["reconstruct"]
 
 
-@compiled
+@exact
 def _fill(mode, slope, mean, total, step, energy, out):
     moved = np.empty(CHUNK, dtype=mean.dtype)
     for start in range(0, mode.size, CHUNK):

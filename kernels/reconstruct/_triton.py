@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, strided
+from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, rounded, strided
 from cmd_plugin.kernels.flat_view import FlatView
 
 __all__ = ["load_block", "model_block", "reconstruct"]
@@ -53,12 +53,12 @@ def _fill(
         pointer, inside, start = aligned(pointer, inside, start)
         ok = lane < BLOCK
         value = load_block(start + lane, ok, mode, slope, mean, total, step, energy)
-        tl.store(pointer + inside + lane, value.to(WEIGHT), ok)
+        tl.store(pointer + inside + lane, rounded(value, WEIGHT), ok)
     else:
         where = strided(shapes, kind, inside + lane)
         ok = lane < count
         value = load_block(start + lane, ok, mode, slope, mean, total, step, energy)
-        tl.store(pointer + where, value.to(WEIGHT), ok)
+        tl.store(pointer + where, rounded(value, WEIGHT), ok)
 
 
 def reconstruct(

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, strided
+from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, rounded, strided
 from cmd_plugin.kernels.flat_view import FlatView
 
 __all__ = ["snapshot_delta"]
@@ -17,9 +17,9 @@ def _subtract_block(weights, where, at, ok, base, out):
     w = tl.load(weights + where, ok, 0.0)
     if base is not None:
         b = tl.load(base + at, ok, 0.0)
-        tl.store(out + at, (w.to(b.dtype) - b).to(out.dtype.element_ty), ok)
+        tl.store(out + at, rounded(w.to(b.dtype) - b, out.dtype.element_ty), ok)
     else:
-        tl.store(out + at, w.to(out.dtype.element_ty), ok)
+        tl.store(out + at, rounded(w, out.dtype.element_ty), ok)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, strided
+from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, rounded, strided
 from cmd_plugin.kernels.flat_view import FlatView
 from cmd_plugin.kernels.reconstruct._triton import load_block
 
@@ -38,14 +38,14 @@ def _swap_in(
         at = inside + lane
         tl.store(kept + at, tl.load(pointer + at, ok, 0.0), ok)
         value = load_block(start + lane, ok, mode, slope, mean, total, step, energy)
-        tl.store(pointer + at, value.to(WEIGHT), ok)
+        tl.store(pointer + at, rounded(value, WEIGHT), ok)
     else:
         where = strided(shapes, kind, inside + lane)
         ok = lane < count
         raw = tl.load(pointer + where, ok, 0.0)
         tl.store(kept + strided(backup_shapes, kept_kind, inside + lane), raw, ok)
         value = load_block(start + lane, ok, mode, slope, mean, total, step, energy)
-        tl.store(pointer + where, value.to(WEIGHT), ok)
+        tl.store(pointer + where, rounded(value, WEIGHT), ok)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmd_plugin.kernels._numba import CHUNK, array, compiled, model_chunk, nothing, numbers
+from cmd_plugin.kernels._numba import CHUNK, array, compiled, exact, model_chunk, nothing, numbers
 from cmd_plugin.kernels._threads import in_threads
 
 __all__ = ["update_and_reconstruct"]
@@ -40,7 +40,7 @@ def _update_chunk(weights, mode, slope, mean, total, gain, blend, decay, gains):
     return part
 
 
-@compiled
+@exact
 def _both(weights, mode, slope, mean, total, gain, step, energy, blend, decay, out):
     squares = 0.0
     scratch = np.empty(CHUNK, dtype=mean.dtype)
