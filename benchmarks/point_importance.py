@@ -7,9 +7,9 @@ A PointNet that nobody here trained (ModelNet40 weights of learning3d, MIT) on r
 and monitors of ModelNet10, as surface points of voxel grids. These shapes are in the weights'
 training set, so the accuracies below are regression numbers, never an accuracy claim.
 
-Corruptions are ModelNet-C-style with the seeds named, not the official files. Every method sees the
-same clouds; SOR is the statistical outlier removal of Zhou et al. with k = 2, alpha = 1.1. Times are
-CPU times of the process, so that a busy machine does not count. Results:
+Corruptions are ModelNet-C-style with the seeds named, not the official files. Every method sees
+the same clouds; SOR is the statistical outlier removal of Zhou et al. with k = 2, alpha = 1.1.
+Times are CPU times of the process, so that a busy machine does not count. Results:
 ``results/point_importance.json`` and ``.png``.
 """
 

@@ -144,8 +144,13 @@ def robustness(
             threads=threads,
         )
         prepare_folder(out)
-        with _progress(shown=not (as_json or quiet)) as progress:
-            run = run_robustness(config, out, progress)
+        try:
+            with _progress(shown=not (as_json or quiet)) as progress:
+                run = run_robustness(config, out, progress)
+        except KeyboardInterrupt:
+            message = f"interrupted: trained networks are kept in {out}; the same command goes on."
+            typer.echo(message, err=True)
+            raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(run.summary, indent=2, allow_nan=False))
         return

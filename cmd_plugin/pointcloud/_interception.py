@@ -25,6 +25,7 @@ __all__ = [
     "inner_module",
     "intercept",
     "layer_features",
+    "listed",
 ]
 
 Forward = Callable[[nn.Module, Tensor], Any]
@@ -109,7 +110,7 @@ def intercept(
         handle = module.register_forward_hook(keep)
     try:
         for clone in (False, True):
-            watch = Watch(points.shape[0], points.shape[1], mask, pool, clone=clone)
+            watch = Watch(points, mask, pool, clone=clone)
             with _undisturbed(model, points.device), watch:
                 output = forward(model, points)
             if not watch.overwritten:
@@ -147,16 +148,16 @@ def choose_pool(pools: list[Pool], wanted: int | None) -> Pool | None:
     """
     if wanted is not None:
         if not 0 <= wanted < len(pools):
-            raise InputError(f"pool={wanted}: this network has {_listed(pools)}.")
+            raise InputError(f"pool={wanted}: this network has {listed(pools)}.")
         return pools[wanted]
     if not pools:
         return None
     maxima = [pool for pool in pools if pool.is_max and pool.group == pools[-1].group]
     if not maxima:
         return pools[-1]
-    if not all(_same_tensor(pool, maxima[0]) for pool in maxima):
+    if not all(_same_tensor(pool, maxima[0]) for pool in maxima[1:]):
         raise InputError(
-            f"several pools feed the head, choose one by pool=NUMBER: {_listed(pools)}."
+            f"several pools feed the head, choose one by pool=NUMBER: {listed(pools)}."
         )
     return maxima[0]
 
@@ -166,7 +167,8 @@ def _same_tensor(one: Pool, other: Pool) -> bool:
     return a is not None and b is not None and a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
-def _listed(pools: list[Pool]) -> str:
+def listed(pools: list[Pool]) -> str:
+    """All pools with their numbers, for messages."""
     if not pools:
         return "no pool over the points"
     return "; ".join(f"{number}: {pool}" for number, pool in enumerate(pools))

@@ -116,8 +116,7 @@ class Watch(TorchFunctionMode):
     the first layer (centring, scaling of the input) does not count.
 
     Args:
-        batch: Number of clouds B.
-        points: Number of points N.
+        cloud: [B, N, C] points of the clouds.
         mask: [B, N] bool; a forward pass may work on the real points only, joined in one axis.
         keep: Position in the list of a pool whose features are kept in any group.
         clone: Keep copies, for networks that overwrite the pooled tensor later.
@@ -125,21 +124,21 @@ class Watch(TorchFunctionMode):
 
     def __init__(
         self,
-        batch: int,
-        points: int,
+        cloud: Tensor,
         mask: Tensor | None = None,
         keep: int | None = None,
         *,
         clone: bool = False,
     ) -> None:
         super().__init__()
-        self.batch, self.points, self.mask = batch, points, mask
+        self.batch, self.points, self.mask = cloud.shape[0], cloud.shape[1], mask
+        self._places = cloud[0, :, :3]
         self.keep, self.clone = keep, clone
         self.pools: list[Pool] = []
         self.coordinates: list[Tensor] = []
         self._calls = 0
         self._layer_seen = self._head_seen = False
-        self._rows = batch * points if mask is None else int(mask.sum())
+        self._rows = self.batch * self.points if mask is None else int(mask.sum())
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -153,7 +152,10 @@ class Watch(TorchFunctionMode):
             self._calls += 1
         elif name in _LAYERS:
             self._layer_seen = True
-            self._head_seen = self._head_seen or self._is_head(args)
+            if self._is_head(args):
+                self._head_seen = True
+            elif self._head_seen:
+                self._forget()  # points are worked on again: what was pooled before fed no output
         elif isinstance(result, Tensor) and result.ndim == 3:
             self._keep_coordinates(result)
         return result
@@ -165,10 +167,19 @@ class Watch(TorchFunctionMode):
         return sum(size > 1 for size in x.shape[1:]) <= 1
 
     def _keep_coordinates(self, x: Tensor) -> None:
-        # Tiny ones only: positions of sampled tokens, for the way back from tokens to points.
+        # Positions of sampled tokens, for the way back from tokens to points. Loops that measure
+        # distances make hundreds of this shape; only in these the first row is a point.
         batch, rows, last = x.shape
-        if batch == self.batch and last == 3 and 1 < rows < self.points and x.is_floating_point():
-            self.coordinates.append(x.detach())
+        fits = batch == self.batch and last == 3 and 1 < rows < self.points
+        if fits and x.dtype == self._places.dtype:
+            x = x.detach()
+            if bool((self._places == x[0, 0]).all(dim=1).any()):
+                self.coordinates.append(x)
+
+    def _forget(self) -> None:
+        for number, pool in enumerate(self.pools):
+            if number != self.keep:
+                pool.features = None
 
     def _consider(self, name: str, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
         out = first_tensor(result)
@@ -185,9 +196,7 @@ class Watch(TorchFunctionMode):
             return
         features, axis = found
         if self._head_seen or not self.pools:
-            for number, pool in enumerate(self.pools):
-                if number != self.keep:
-                    pool.features = None
+            self._forget()
             group = self.pools[-1].group + 1 if self.pools else 0
         else:
             group = self.pools[-1].group

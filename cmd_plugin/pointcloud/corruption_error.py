@@ -114,7 +114,7 @@ def mean_corruption_error(
 
 
 def _mean(name: str, values: float | Sequence[float]) -> float:
-    row = [float(values)] if isinstance(values, (int, float)) else [float(v) for v in values]
+    row: list[float] = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
     if not row or not all(0.0 <= value <= 1.0 for value in row):  # NaN is no number of [0, 1]
         raise InputError(f"accuracy of {name!r} must be in [0, 1], one or one per level: {row}.")
     return math.fsum(row) / len(row)

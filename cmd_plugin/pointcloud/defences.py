@@ -7,9 +7,10 @@ architecture: one pass over a batch answers for all rows of the robustness table
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,17 @@ from cmd_plugin.pointcloud.partial_clouds import SIZES
 from cmd_plugin.pointcloud.refocus import refocus, uncritical_subset
 from cmd_plugin.pointcloud.view_training import EPiCTraining, ViewTraining
 
-__all__ = ["Defences", "repeated_to_size", "scaled_sizes", "train_defences"]
+__all__ = [
+    "STAGES",
+    "Defences",
+    "initial_defences",
+    "repeated_to_size",
+    "scaled_sizes",
+    "train_defences",
+]
+
+STAGES = ("plain", "ensemble", "subset")
+"""What is trained one after the other; nothing is shared between them."""
 
 _SCHEMA = "cmd_plugin.pointcloud.Defences/1"
 _POINTS = 1024  # clouds the published sizes are meant for
@@ -105,13 +116,27 @@ class Defences(nn.Module):
             "EPiC + refocused": torch.cat([votes, member.output[:, None]], dim=1),
         }
 
-    def save(self, path: str | Path, settings: Mapping[str, object]) -> None:
-        """Write all weights as safetensors, with the settings they were trained under."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, str(path), {"schema": _SCHEMA, "settings": _text(settings)})
+    def save(
+        self,
+        path: str | Path,
+        settings: Mapping[str, object],
+        finished: Sequence[str] = STAGES,
+    ) -> None:
+        """Write all weights as safetensors, in one step.
 
-    def load(self, path: str | Path, settings: Mapping[str, object]) -> None:
-        """Read what :meth:`save` wrote.
+        Args:
+            path: The file.
+            settings: What they were trained under, JSON-like.
+            finished: Which of :data:`STAGES` are trained.
+        """
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        about = {"schema": _SCHEMA, "settings": _text(settings), "finished": ",".join(finished)}
+        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+        save_file(tensors, str(temporary), about)
+        temporary.replace(path)
+
+    def load(self, path: str | Path, settings: Mapping[str, object]) -> tuple[str, ...]:
+        """Read what :meth:`save` wrote; return which of :data:`STAGES` are trained.
 
         Raises:
             InputError: If the file is missing, damaged or something else.
@@ -134,6 +159,7 @@ class Defences(nn.Module):
             self.load_state_dict(state)
         except RuntimeError as error:
             raise StateMismatch(f"{path} holds other networks: {error}") from error
+        return tuple(stage for stage in STAGES if stage in metadata["finished"].split(","))
 
 
 def _text(settings: Mapping[str, object]) -> str:
@@ -150,6 +176,9 @@ def train_defences(
     learning_rate: float = 3e-3,
     weight_decay: float = 1e-2,
     seed: int = 0,
+    start: Defences | None = None,
+    finished: Sequence[str] = (),
+    after_stage: Callable[[str, Defences], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Defences:
     """Train the five networks of the table, each for equally many optimizer steps.
@@ -166,36 +195,40 @@ def train_defences(
         learning_rate: Of AdamW, at the start.
         weight_decay: Of AdamW.
         seed: Of initial weights, batches and views.
+        start: Networks of an earlier run with the same arguments that was stopped.
+        finished: Which of :data:`STAGES` it had finished; they are not trained again, and the
+            result is that of a run that was not stopped.
+        after_stage: Called with (stage, networks) when one is trained.
         progress: Called with (epochs done, epochs of all networks) after each.
 
     Raises:
         InputError: If a number is out of range.
         NonFiniteError: If a loss becomes NaN or infinite.
     """
-    defences = initial_defences(make, data.points.shape[1], seed)
+    defences = start or initial_defences(make, data.points.shape[1], seed)
     optimizer = partial(_adam, learning_rate=learning_rate, weight_decay=weight_decay)
-    total, done = 5 * epochs, 0
+    seeds = [derived_seed(seed, number, 2) for number in range(3)]
+    subset = partial(_uncritical, defences.subset, max(1, defences.points // 4))
+    common: Callable[..., dict[str, Any]] = partial(
+        dict, rounds=rounds, batch_size=batch_size, optimizer=optimizer
+    )
+    stages: dict[str, ViewTraining | EPiCTraining] = {
+        "plain": ViewTraining(defences.plain, data, epochs, **common(seed=seeds[0])),
+        "ensemble": EPiCTraining(defences.ensemble, data, epochs, **common(seed=seeds[1])),
+        "subset": ViewTraining(defences.subset, data, epochs, **common(seed=seeds[2], view=subset)),
+    }
+    done, total = 0, (2 + len(defences.ensemble.networks)) * epochs
 
     def tell(epoch: int, _: int) -> None:
         if progress is not None:
             progress(done + epoch, total)
 
-    seeds = [derived_seed(seed, number, 2) for number in range(3)]
-    subset = partial(_uncritical, defences.subset, max(1, defences.points // 4))
-    whole = partial(ViewTraining, data=data, epochs=epochs, rounds=rounds, batch_size=batch_size)
-    whole(defences.plain, optimizer=optimizer, seed=seeds[0]).run(progress=tell)
-    done = epochs
-    EPiCTraining(
-        defences.ensemble,
-        data,
-        epochs,
-        rounds=rounds,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        seed=seeds[1],
-    ).run(progress=tell)
-    done = 4 * epochs
-    whole(defences.subset, view=subset, optimizer=optimizer, seed=seeds[2]).run(progress=tell)
+    for stage, training in stages.items():
+        if stage not in finished:
+            training.run(progress=tell)
+            if after_stage is not None:
+                after_stage(stage, defences)
+        done += epochs * (len(defences.ensemble.networks) if stage == "ensemble" else 1)
     return defences.eval()
 
 
@@ -207,7 +240,7 @@ def initial_defences(make: Callable[[], nn.Module], points: int, seed: int) -> D
         points: Number of points of the clean clouds.
         seed: Of the weights and of EPiC's samples.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # networks are made on the CPU
         torch.manual_seed(derived_seed(seed, 0, 1))
         plain = make()
         ensemble = EPiC(make, sizes=scaled_sizes(points), seed=seed)

@@ -23,6 +23,7 @@ from cmd_plugin.pointcloud._interception import (
     inner_module,
     intercept,
     layer_features,
+    listed,
 )
 from cmd_plugin.pointcloud._pools import Pool, Tap, Watch, first_tensor
 
@@ -209,6 +210,11 @@ def _chosen_pool(
         raise InputError(
             "no global pool over the points was found (heads with attention or a class token have "
             "none): name the layer that holds one vector for each point by layer=NAME."
+        )
+    if chosen.features is None:
+        raise InputError(
+            "the network works on points again after its last pool, so none is the global one: "
+            f"choose one by pool=NUMBER: {listed(watch.pools)}."
         )
     return chosen
 

@@ -124,6 +124,9 @@ def run_robustness(
 ) -> RobustnessRun:
     """Train the five networks, or take those of the same run in ``out``, and evaluate them.
 
+    A run that was stopped goes on after the last stage it finished (plain network, ensemble,
+    network on subsets), and ends as if it had not been stopped.
+
     Args:
         config: What to run.
         out: Folder for the results, made if needed. Networks that lie there already are used if
@@ -177,16 +180,23 @@ def run_robustness(
 
 def _networks(
     config: PointRobustnessConfig, train: PointClouds, path: Path, progress: Progress | None
-) -> tuple[Defences, bool]:
-    """The trained networks, and whether they were there already."""
+) -> tuple[Defences, list[str]]:
+    """The trained networks, and which of them were there already."""
 
     def make() -> nn.Module:
         return build_network(config.model, len(train.classes), config.width)
 
+    finished: tuple[str, ...] = ()
+    defences = initial_defences(make, config.points, config.seed)
     if path.is_file():
-        defences = initial_defences(make, config.points, config.seed)
-        defences.load(path, config.deciding())
-        return defences.eval(), True
+        finished = defences.load(path, config.deciding())
+    reused = finished
+
+    def keep(stage: str, trained: Defences) -> None:
+        nonlocal finished
+        finished = (*finished, stage)
+        trained.save(path, config.deciding(), finished)
+
     defences = train_defences(
         make,
         train,
@@ -195,7 +205,9 @@ def _networks(
         batch_size=config.batch_size,
         learning_rate=config.lr,
         seed=config.seed,
+        start=defences,
+        finished=finished,
+        after_stage=keep,
         progress=None if progress is None else lambda a, b: progress("training", a, b),
     )
-    defences.save(path, config.deciding())
-    return defences, False
+    return defences, list(reused)

@@ -43,13 +43,34 @@ def test_json_holds_the_7_by_5_table_of_every_row(command: Run, tmp_path: Path) 
         assert (row["mce"], row["rmce"], row["moa"]) == (again.mce, again.rmce, again.moa)
     assert result["clouds"] == 12
     assert set(result["diversity"]) == {"EPiC", "EPiC + refocused"}
-    assert not result["networks_reused"]
+    assert result["networks_reused"] == []
     assert (out / "robustness.png").stat().st_size > 10_000
     # The same command again: trained networks are there, the answer is the same.
     code, printed, _ = command(*SMALL, "--out", out, "--json")
     again = json.loads(printed)
-    assert again["networks_reused"]
+    assert again["networks_reused"] == ["plain", "ensemble", "subset"]
     assert again["methods"] == result["methods"]
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_if_it_was_not(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cmd_plugin.pointcloud import defences
+
+    whole = json.loads(command(*SMALL, "--out", tmp_path / "whole", "--json")[1])
+    with monkeypatch.context() as patch:
+
+        class Interrupted(defences.EPiCTraining):
+            def run(self, *_: object, **__: object) -> list[float]:
+                raise KeyboardInterrupt
+
+        patch.setattr(defences, "EPiCTraining", Interrupted)
+        code, printed, errors = command(*SMALL, "--out", tmp_path / "cut", "--json")
+    assert (code, printed) == (130, "")
+    assert "the same command goes on" in errors
+    rest = json.loads(command(*SMALL, "--out", tmp_path / "cut", "--json")[1])
+    assert rest["networks_reused"] == ["plain"]
+    assert rest["methods"] == whole["methods"]
 
 
 def test_tables_for_people(command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,22 @@ class TwoLevels(nn.Module):
         return self.head(torch.cat((first.amax(1), second.amax(1)), dim=1))
 
 
+class Gated(nn.Module):
+    """The pooled vector passes a small head and gates the points, which are summed up by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gate = nn.Linear(3, 12), nn.Linear(12, 12)
+        self.out = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = functional.relu(self.layer(x))
+        gate = torch.sigmoid(self.gate(features.amax(dim=1)))
+        scores = self.out(features * gate.unsqueeze(1))
+        weights = torch.full((x.shape[0], 1, x.shape[1]), 1.0 / x.shape[1])
+        return torch.bmm(weights, scores).squeeze(1)
+
+
 class Overwriting(nn.Module):
     """Changes the pooled tensor in place after the pool."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,15 @@ def test_a_network_may_be_the_reference_of_another() -> None:
     )
     assert result.mce == pytest.approx(0.5)
     assert result.rmce == pytest.approx(0.5)
+
+
+def test_arrays_and_scalars_of_numpy_and_torch_are_accuracies() -> None:
+    plain = {name: [0.5, 0.7] for name in CORRUPTIONS}
+    for kind in (np.array, torch.tensor):
+        given = {name: kind(row) for name, row in plain.items()}
+        result = mean_corruption_error(given, kind(0.9), rounding="exact")
+        assert result.moa == pytest.approx(0.6)
+    assert mean_corruption_error(plain, np.float32(0.9)).clean == 0.9
 
 
 def test_bad_tables() -> None:

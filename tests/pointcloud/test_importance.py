@@ -23,6 +23,7 @@ from .foreign_networks import (
     POOLS,
     AttentionHead,
     FunctionalMax,
+    Gated,
     Linear3,
     Overwriting,
     Pooled,
@@ -121,6 +122,15 @@ def test_two_different_maxima_are_listed_and_one_is_asked_for() -> None:
     assert point_importance(network, points, pool=1).channels == 9
     with pytest.raises(InputError, match="pool=2"):
         point_importance(network, points, pool=2)
+
+
+def test_a_pool_that_feeds_points_again_is_not_taken_silently() -> None:
+    network, points = Gated().eval(), cloud()
+    with pytest.raises(InputError, match="works on points again"):
+        point_importance(network, points)
+    assert point_importance(network, points, "critical++", pool=0).channels == 12
+    by_layer = point_importance(network, points, layer="layer")
+    assert by_layer.pool == "layer layer"
 
 
 def test_a_tensor_overwritten_after_the_pool_is_scored_as_it_was() -> None:

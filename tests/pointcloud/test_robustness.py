@@ -203,7 +203,7 @@ def test_training_saving_and_loading(tmp_path: Path) -> None:
 
     path = tmp_path / "networks.safetensors"
     trained.save(path, {"seed": 0})
-    start.load(path, {"seed": 0})
+    assert start.load(path, {"seed": 0}) == ("plain", "ensemble", "subset")
     loaded = start(points, index)
     assert all(torch.equal(first[name], loaded[name]) for name in first)
     with pytest.raises(StateMismatch, match="was trained under"):
