@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cmd_plugin.federated.client import project_mod as project_mod
     from cmd_plugin.federated.cmd_strategy import CMDStrategy as CMDStrategy
     from cmd_plugin.federated.inprocess import InProcessGrid as InProcessGrid
+    from cmd_plugin.federated.lightning import fit_round as fit_round
     from cmd_plugin.federated.simulation import FederatedResult as FederatedResult
     from cmd_plugin.federated.simulation import make_server_app as make_server_app
     from cmd_plugin.federated.simulation import simulate as simulate
@@ -42,6 +43,7 @@ __all__ = [
     "TopKStrategy",
     "cmd_mod",
     "embedded_training",
+    "fit_round",
     "make_client_app",
     "make_server_app",
     "partition_indices",
@@ -59,6 +61,7 @@ _WITH_FLOWER = {
     "TopKStrategy": "baselines",
     "cmd_mod": "client",
     "embedded_training": "training",
+    "fit_round": "lightning",
     "make_client_app": "apps",
     "make_server_app": "simulation",
     "project_mod": "client",

@@ -99,14 +99,14 @@ class MeteredGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Hand on."""
-        return self._grid.get_node_ids()
+        return list(self._grid.get_node_ids())
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Count and hand on."""
         messages = list(messages)
         for message in messages:
             self.traffic.count_down(message)
-        return self._grid.push_messages(messages)
+        return list(self._grid.push_messages(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Hand on and count."""

@@ -28,7 +28,7 @@ if importlib.util.find_spec("flwr") is None:  # pure tests still run
         "test_baselines.py",
         "test_composition.py",
         "test_deployment.py",
-        "test_mod.py",
+        "test_lightning.py",
         "test_refusals.py",
         "test_simulation.py",
         "test_strategy.py",

@@ -1,4 +1,4 @@
-"""What runs at the SuperLink: CMDStrategy around Flower's FedAvg, and the files with the results."""
+"""What runs at the SuperLink: CMDStrategy around Flower's FedAvg, and files with the results."""
 
 from cmd_plugin.federated import make_server_app
 
