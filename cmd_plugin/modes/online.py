@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmd_plugin.errors import NonFiniteError, PluginError, StateMismatch
+from cmd_plugin.errors import PluginError, StateMismatch
 from cmd_plugin.kernels import FlatView
 from cmd_plugin.modes.choice import ModeChoice
-from cmd_plugin.modes.decomposition import Decomposition
-from cmd_plugin.modes.exchange import keep_tensors, recalibrated, statistics_of
-from cmd_plugin.modes.layout import Layout, check_buffers, clean_name, find_weights
+from cmd_plugin.modes.embedding import Embedder, check_embedding
+from cmd_plugin.modes.exchange import keep_tensors, modelled, recalibrated, statistics_of
+from cmd_plugin.modes.fitted import FittedModes
+from cmd_plugin.modes.layout import Layout, check_buffers, find_weights
 from cmd_plugin.modes.sampling import sample_weights
-from cmd_plugin.modes.settings import Settings
-from cmd_plugin.modes.source import Source, WeightSource, find_non_finite
+from cmd_plugin.modes.settings import Embedding, Settings
+from cmd_plugin.modes.source import Source, WeightSource, diverged
 from cmd_plugin.modes.tracker import Tracker
 from cmd_plugin.modes.warmup import WarmUp
 
@@ -28,7 +29,7 @@ __all__ = ["OnlineModes"]
 _VERSION = 1
 
 
-class OnlineModes:
+class OnlineModes(FittedModes):
     r"""Correlation Mode Decomposition of a training run while it runs.
 
     The paper's online CMD (Brokman et al., ICLR 2024, section 3.3). Call :meth:`update` once per
@@ -36,7 +37,19 @@ class OnlineModes:
     snapshots; call F + 1 stores one more, chooses the modes from all F + 1, fits every weight to
     its mode and frees the store. From then on modes and references stay, and every call updates
     scale and mean of all weights by recursive least squares, in place. The training itself is never
-    touched, and neither are the global random generators.
+    touched (:meth:`project` aside), and neither are the global random generators.
+
+    **Embedded CMD** (section 3.4) makes more and more weights follow their references for good.
+    Call :meth:`project` before :meth:`update`, which runs the schedule::
+
+        modes = OnlineModes(model, embedding=Embedding(every=10, percent=10))
+        for epoch in range(epochs):
+            train_one_epoch(model)
+            modes.project()  # embedded weights := scale * reference + offset
+            modes.update()
+
+    With ``Embedding(project="step")`` call :meth:`project` after every step of the optimizer, and
+    with ``"tie"`` also :meth:`tie_gradients` before it.
 
     Args:
         model_or_layout: The model whose weights are followed; or a :class:`Layout`, and then
@@ -58,6 +71,7 @@ class OnlineModes:
             paper; 4 more bytes a weight).
         forgetting: Factor in (0, 1] by which each update discounts the past; 1 weighs all snapshots
             alike (the paper).
+        embedding: Schedule by which weights are embedded; None embeds none.
         broadcast: In distributed training, a function that returns rank 0's version of a small CPU
             tensor on all ranks, so that all choose and follow the same modes even where local
             buffers differ.
@@ -82,9 +96,12 @@ class OnlineModes:
         profile: str = "reference",
         shrink: bool = False,
         forgetting: float = 1.0,
+        embedding: Embedding | None = None,
         broadcast: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.settings = Settings(modes, warmup, samples, seed, storage, profile, shrink, forgetting)
+        self.settings = Settings(
+            modes, warmup, samples, seed, storage, profile, shrink, forgetting, embedding
+        )
         check_buffers(buffers)
         self.buffers = buffers
         self._model = model_or_layout if isinstance(model_or_layout, nn.Module) else None
@@ -93,6 +110,7 @@ class OnlineModes:
             if isinstance(model_or_layout, Layout)
             else Layout.of_model(model_or_layout, include, exclude, buffers)
         )
+        check_embedding(embedding, self.layout)
         self._store_device = store_device
         self._broadcast = broadcast
         self.samples = sample_weights(self.layout.sizes, samples, seed)
@@ -100,76 +118,9 @@ class OnlineModes:
         self._warmup: WarmUp | None = None
         self._choice: ModeChoice | None = None
         self._tracker: Tracker | None = None
+        self._embedder: Embedder | None = None
         self._source = WeightSource(self.layout, self._model)
         self._swapped = False
-
-    @property
-    def numel(self) -> int:
-        """Number of modelled weights N."""
-        return self.layout.numel
-
-    @property
-    def ready(self) -> bool:
-        """Whether modes have been fitted, so that there are modelled weights."""
-        return self._tracker is not None
-
-    @property
-    def tracker(self) -> Tracker:
-        """The fitted state; raises PluginError before the fit."""
-        if self._tracker is None:
-            raise PluginError(
-                f"no modes yet: {self.updates} snapshots seen, the fit comes at number "
-                f"{self.settings.warmup + 1}."
-            )
-        return self._tracker
-
-    @property
-    def number_of_modes(self) -> int:
-        """Number of modes found; 0 before the fit."""
-        return 0 if self._tracker is None else self._tracker.choice.modes
-
-    @property
-    def references(self) -> Tensor:
-        """[M] int64 flat index of each mode's reference weight."""
-        return self.tracker.choice.references
-
-    @property
-    def assignment(self) -> Tensor:
-        """[N] uint8 mode of each weight."""
-        return self.tracker.mode
-
-    @property
-    def scale(self) -> Tensor:
-        """[N] slope a of each weight against its mode's profile; a new tensor."""
-        return self.tracker.scale()
-
-    @property
-    def offset(self) -> Tensor:
-        """[N] offset b of each weight; a new tensor."""
-        return self.tracker.offset()
-
-    @property
-    def correlation(self) -> tuple[Tensor, Tensor] | None:
-        """|correlation| [K', K'] of the clustered samples, and their modes [K'].
-
-        None before the fit and after a resume.
-        """
-        choice = self._choice
-        if choice is None or choice.correlation is None or choice.labels is None:
-            return None
-        return choice.correlation, choice.labels
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes held for the weights now: the warm-up store, then 9 a weight (13 to shrink)."""
-        held = 0 if self._warmup is None else self._warmup.nbytes
-        return held + (0 if self._tracker is None else self._tracker.nbytes)
-
-    def explained_variance(self) -> float:
-        """Return the share of all movement so far the model explains, at most 1; nan if none."""
-        if self._tracker is None or not self._tracker.total_sum > 0:
-            return float("nan")
-        return min(1.0, self._tracker.explained(self.layout) / self._tracker.total_sum)
 
     def update(self, source: Source | None = None, label: int | None = None) -> None:
         """Take a snapshot of the weights.
@@ -181,7 +132,8 @@ class OnlineModes:
                 updates.
 
         Raises:
-            NonFiniteError: If a weight is NaN or infinite; the state stays as it was.
+            NonFiniteError: If a weight is NaN or infinite (or so large that its square is); the
+                modes stay as they were, up to rounding.
             StateMismatch: If the source has other tensors than the layout.
             PluginError: If called inside :meth:`swap`, when the model does not hold its own
                 weights.
@@ -191,19 +143,18 @@ class OnlineModes:
         # State made under inference_mode (Lightning validates in it) could not be changed in place
         # later.
         with torch.inference_mode(False), torch.no_grad():
-            view = self._read(source).packed()
-            bad, where = find_non_finite(view, self.layout)
-            if bad:
-                raise NonFiniteError(
-                    f"{bad} of {self.numel} weights are NaN or infinite at snapshot "
-                    f"{self.updates}, {where}: the training diverged; the modes keep what they "
-                    "knew before."
-                )
+            view = self._read(source)
             number = self.updates if label is None else label
-            self.updates += 1
-            if self._tracker is not None:
+            if self._tracker is None:
+                finite = not view.count_non_finite()
+            else:  # in one pass with the update, which takes itself back
                 members = self._members(view, self._tracker.choice.members)
-                self._tracker.update(view, members, number)
+                finite = self._tracker.update(view, members, number)
+            if not finite:
+                raise diverged(view, self.layout, self.updates)
+            self.updates += 1
+            if self._embedder is not None and self._tracker is not None:
+                self._embedder.advance(self._tracker)
             elif self._choice is None:
                 self._warm_up(view, number)
 
@@ -214,6 +165,8 @@ class OnlineModes:
         if self._warmup.complete:
             self._choice, self._tracker = self._warmup.fit(view.device)
             self._warmup = None
+            if self.settings.embedding is not None and self._tracker is not None:
+                self._embedder = Embedder(self.settings.embedding, self._tracker, self.updates)
             self._warn_if_few(self._choice.modes)
 
     def _warn_if_few(self, found: int) -> None:
@@ -237,7 +190,75 @@ class OnlineModes:
         view = self._source.view(source)
         if self._tracker is not None:
             self._tracker.to(view.device)
+        if self._embedder is not None:
+            self._embedder.to(view.device)
         return view
+
+    def project(
+        self,
+        source: Source | None = None,
+        *,
+        profile: Tensor | None = None,
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+    ) -> int:
+        """Write the embedded weights, in place, from the references' current values.
+
+        All other weights keep their bits. A modelled variance is kept from going negative.
+
+        Args:
+            source: Where the weights are: None for the model given at construction, or a model, a
+                state_dict, or a flat [N] tensor.
+            profile: [M] values of the modes' profiles to use instead of those in ``source``.
+            optimizers: With ``Embedding(slots="zero")``, whose slots of embedded weights to zero.
+
+        Returns:
+            Number of weights written; 0 before the first event.
+
+        Raises:
+            NonFiniteError: If a reference is NaN or infinite; nothing is written then.
+            ShapeError: If ``profile`` is not [M].
+            StateMismatch: If the source has other tensors than the layout.
+            PluginError: If called inside :meth:`swap`.
+        """
+        if self._swapped:
+            raise PluginError("project() inside swap() would change modelled weights.")
+        embedder = self._embedder
+        if embedder is None or not embedder.count:
+            return 0
+        with torch.inference_mode(False), torch.no_grad():
+            view = self._read(source)
+            choice = self.tracker.choice
+            if profile is None:
+                profile = choice.profile(self._members(view, choice.members))
+            embedder.project(view, self.tracker, profile, self.layout)
+            for optimizer in optimizers if embedder.settings.slots == "zero" else ():
+                embedder.clear_slots(optimizer, self._source.tensors(), self.layout)
+        return embedder.count
+
+    def tie_gradients(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        r"""Apply the chain rule to the embedded weights' gradients, for ``project="tie"``.
+
+        Each reference's gradient gets :math:`\sum_i a_i g_i` over the weights embedded in its mode,
+        whose own become zero. Call it when gradients are complete (accumulated, reduced over
+        processes, unscaled) and before they are clipped.
+
+        Args:
+            optimizer: Whose parameters take part: a step of one of several optimizers moves only
+                its own. None for all parameters of the model.
+
+        Raises:
+            InputError: If a gradient is sparse.
+            PluginError: If there is no model.
+        """
+        if self._embedder is None:
+            return
+        with torch.no_grad():
+            self._read(None)
+            tensors: list[Tensor | None] = list(self._source.tensors())
+            if optimizer is not None:
+                own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+                tensors = [tensor if id(tensor) in own else None for tensor in tensors]
+            self._embedder.tie(tensors, self.layout, self.tracker)
 
     def reconstruct(self, out: Tensor | None = None) -> Tensor:
         """Return the modelled weights of the last snapshot.
@@ -249,6 +270,8 @@ class OnlineModes:
         """
         with torch.inference_mode(False), torch.no_grad():
             weights = self.tracker.reconstruct(out)
+            if self._embedder is not None:
+                self._embedder.write(FlatView([weights]), self.tracker)
             for variance in self.layout.variances():
                 weights[variance].clamp_(min=0.0)
             return weights
@@ -282,11 +305,13 @@ class OnlineModes:
         with torch.inference_mode(False), torch.no_grad():
             view = self._read(target)
             tensors = find_weights(self.layout, target, "the model")
-        with keep_tensors([*tensors.values(), *statistics_of(target)]):
+        raw = list(tensors.values())
+        with keep_tensors(statistics_of(target)), modelled(view, raw, tracker):
             self._swapped = True
             try:
                 with torch.no_grad():
-                    tracker.reconstruct_into(view)
+                    if self._embedder is not None:
+                        self._embedder.write(view, tracker)
                     for name in self.layout.names:
                         if name.endswith("running_var"):
                             tensors[name].clamp_(min=0.0)
@@ -312,36 +337,6 @@ class OnlineModes:
         with self.swap(recalibrate=recalibrate):
             return {name: t.detach().clone() for name, t in self._model.state_dict().items()}
 
-    def decomposition(self) -> Decomposition:
-        """Return the run so far as a :class:`Decomposition`.
-
-        Of a run of more than 1024 snapshots every second, fourth ... one is in it, and the last.
-        """
-        tracker = self.tracker
-        unmodelled: dict[str, Tensor] = {}
-        if self._model is not None:
-            known = {*self.layout.names, *self.layout.aliases}
-            unmodelled = {
-                name: t.detach().cpu().clone()
-                for raw, t in self._model.state_dict().items()
-                if (name := clean_name(raw)) not in known
-            }
-        epochs, profiles = tracker.history()
-        return Decomposition(
-            layout=self.layout,
-            samples=self.samples,
-            references=tracker.choice.references,
-            assignment=tracker.mode.cpu().clone(),
-            scale=tracker.scale(shrunk=True).cpu(),
-            mean=tracker.mean.cpu().clone(),
-            profiles=profiles,
-            profile_mean=tracker.profile_mean.clone(),
-            total=tracker.total_sum,
-            explained=tracker.explained(self.layout),
-            epochs=epochs,
-            unmodelled=unmodelled,
-        )
-
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue bit for bit.
 
@@ -358,6 +353,7 @@ class OnlineModes:
             "still": self._choice is not None and self._tracker is None,
             "warmup": None if self._warmup is None else self._warmup.state_dict(),
             "tracker": None if self._tracker is None else self._tracker.state_dict(),
+            "embedder": None if self._embedder is None else self._embedder.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -387,7 +383,7 @@ class OnlineModes:
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.updates = int(state["updates"])
         self.samples = state["samples"].clone()
-        self._warmup = self._tracker = self._choice = None
+        self._warmup = self._tracker = self._choice = self._embedder = None
         if state["still"]:
             none = torch.empty(0, dtype=torch.int64)
             self._choice = ModeChoice(none, none, none, torch.empty(0, dtype=torch.float64))
@@ -397,3 +393,5 @@ class OnlineModes:
         if state["tracker"] is not None:
             self._tracker = Tracker.from_state(state["tracker"])
             self._choice = self._tracker.choice
+        if self.settings.embedding is not None and state.get("embedder") is not None:
+            self._embedder = Embedder.from_state(self.settings.embedding, state["embedder"])

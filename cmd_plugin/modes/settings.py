@@ -3,12 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
+from typing import Literal, get_args
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.modes.choice import check_modes, check_profile
 from cmd_plugin.modes.store import check_storage
 
-__all__ = ["Settings"]
+__all__ = ["Embedding", "Projection", "Settings", "Slots"]
+
+Projection = Literal["epoch", "step", "tie"]
+Slots = Literal["leave", "zero"]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """When and how embedded CMD takes weights out of training.
+
+    At every snapshot number t (counted from 0) beyond the warm-up with ``t % every == 0`` the
+    weights whose coefficients have drifted least since the last such event are embedded: their
+    scale and offset stay as they are from then on, and their value follows their mode's reference.
+
+    Attributes:
+        every: L, snapshots between two events.
+        percent: P, in (0, 100]: each event chooses ``ceil(P / 100 * all)`` weights.
+        relative: Whether P is a percentage of the weights that are still free, instead of all
+            weights (the paper's default).
+        project: When embedded weights are written: ``"epoch"`` once before each snapshot (the
+            authors' code; in between they train like all others), ``"step"`` after each optimizer
+            step, or ``"tie"`` (beyond the paper): as ``"step"``, and their gradients are handed to
+            the references by the chain rule, so that what is trained are the free weights alone.
+        slots: What becomes of an embedded weight's momentum and other optimizer slots when its
+            value is written: ``"leave"`` them (the authors' code) or ``"zero"`` them.
+
+    Raises:
+        InputError: If one is out of range.
+    """
+
+    every: int = 10
+    percent: float = 10.0
+    relative: bool = False
+    project: Projection = "epoch"
+    slots: Slots = "leave"
+
+    def __post_init__(self) -> None:
+        """Check all of them."""
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise InputError(f"every must be a whole number of at least 1, got {self.every!r}.")
+        number = isinstance(self.percent, (int, float)) and not isinstance(self.percent, bool)
+        if not number or not isfinite(self.percent) or not 0 < self.percent <= 100:
+            raise InputError(f"percent must lie in (0, 100], got {self.percent!r}.")
+        if not isinstance(self.relative, bool):
+            raise InputError(f"relative must be True or False, got {self.relative!r}.")
+        for name, choices in (("project", get_args(Projection)), ("slots", get_args(Slots))):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}."
+                )
 
 
 @dataclass(frozen=True)
@@ -27,6 +78,7 @@ class Settings:
     profile: str
     shrink: bool
     forgetting: float
+    embedding: Embedding | None = None
 
     def __post_init__(self) -> None:
         """Check what the draw of the samples does not check."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from cmd_plugin.errors import PluginError, ShapeError
+from cmd_plugin.errors import NonFiniteError, PluginError, ShapeError
 from cmd_plugin.kernels import FlatView
 from cmd_plugin.modes.layout import Layout, clean_name, find_weights
 
-__all__ = ["Source", "WeightSource", "find_non_finite"]
+__all__ = ["Source", "WeightSource", "diverged", "find_non_finite"]
 
 Source = nn.Module | Mapping[str, Tensor] | Tensor
 
@@ -56,6 +56,18 @@ class WeightSource:
         tensors = find_weights(self.layout, source, what)
         return FlatView(list(tensors.values()), dtype=self.layout.state_dtype)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the model's own tensors in the layout's order: parameters with their gradients.
+
+        Raises:
+            PluginError: If there is no model.
+        """
+        if self.model is None:
+            raise PluginError("this OnlineModes has no model whose gradients it could change.")
+        self._of_model(self.model)
+        held = [table[key] for table, key in self._slots]
+        return [tensor for tensor in held if tensor is not None]
+
     def _of_model(self, model: nn.Module) -> FlatView:
         # Walking the modules costs more than an update of a small model: look only whether every
         # module still is where it was and holds the tensor it held. Moving a model to a device
@@ -92,3 +104,14 @@ def find_non_finite(view: FlatView, layout: Layout) -> tuple[int, str]:
         return 0, ""
     name, inside = layout.locate(first)
     return bad, f"the first in {name!r} at position {inside}"
+
+
+def diverged(view: FlatView, layout: Layout, snapshot: int) -> NonFiniteError:
+    """Return the error for a snapshot that online CMD cannot take in."""
+    bad, where = find_non_finite(view, layout)
+    what = (
+        f"{bad} of {layout.numel} weights are NaN or infinite at snapshot {snapshot}, {where}"
+        if bad
+        else f"weights are so large that their squares overflow at snapshot {snapshot}"
+    )
+    return NonFiniteError(f"{what}: the training diverged; the modes keep what they knew before.")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Required
 
-from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, reconstruct_into, update_affine
+from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, swap_in, update_affine
 from cmd_plugin.modes.choice import ModeChoice
-from cmd_plugin.modes.fit import explained_by_layer, sum_of_squares
+from cmd_plugin.modes.fit import explained_by_layer, sum_in_double, sum_of_squares
 from cmd_plugin.modes.layout import Layout
 
 __all__ = ["Evaluation", "Tracker"]
@@ -58,7 +59,7 @@ class Tracker:
         self.choice = choice
         self.mode, self.slope, self.mean = fit.mode, fit.scale, fit.mean
         self.total = fit.total if shrink else None
-        self.total_sum = float(fit.total.sum(dtype=torch.float64))
+        self.total_sum = sum_in_double(fit.total)
         self.count = float(profiles.shape[1])
         self.profile = profiles[:, -1].clone()
         self.profile_mean = profiles.mean(dim=1)
@@ -89,23 +90,30 @@ class Tracker:
         )
         self.total = None if self.total is None else self.total.to(device)
 
-    def update(self, weights: FlatView, members: Tensor, label: int) -> None:
-        """Take a new snapshot in.
+    def update(self, weights: FlatView, members: Tensor, label: int) -> bool:
+        """Take a new snapshot in, unless a weight is not finite.
 
         Args:
             weights: The N weights.
             members: [P] float64 values of the weights that make the profiles.
             label: Its number in the history.
+
+        Returns:
+            Whether it was taken in; if not, the state is what it was, up to rounding.
         """
+        if not bool(members.isfinite().all()):
+            return False
         profile = self.choice.profile(members)
         step = profile - self.profile_mean
         keep = self.forgetting
         count = keep * self.count + 1.0
         blend = 1.0 / count
         gain = step * (1.0 - blend) / self.unit
-        squares = update_affine(
-            weights, self.mode, self.slope, self.mean, gain, blend, keep, self.total
+        squares = float(
+            update_affine(weights, self.mode, self.slope, self.mean, gain, blend, keep, self.total)
         )
+        if not isfinite(squares):
+            return False
         self.total_sum = keep * self.total_sum + (1.0 - blend) * squares
         self.profile_mean = self.profile_mean + step * blend
         self.squares = keep * self.squares + step.square() * (1.0 - blend)
@@ -113,6 +121,7 @@ class Tracker:
         if self.follows_references:
             self._pin()
         self._remember(profile, label)
+        return True
 
     def _pin(self) -> None:
         """Keep the references' own coefficients exact: scale 1, mean that of the profile."""
@@ -142,7 +151,7 @@ class Tracker:
         return labels, torch.stack(profiles, dim=1)
 
     @property
-    def _slope_per_unit(self) -> Tensor:
+    def slope_per_unit(self) -> Tensor:
         """[M] float64 Z / S, by which a slope becomes the least-squares scale.
 
         Zero for a profile that has stood still until forgetting left nothing of its movement: a
@@ -151,12 +160,17 @@ class Tracker:
         alive = self.squares > self.unit * 1e-60
         return torch.where(alive, self.unit / self.squares, 0.0)
 
+    @property
+    def energy(self) -> Tensor:
+        """[M] float64 sums of squares of the profiles, in the unit of the slopes."""
+        return self.unit * self.slope_per_unit
+
     def evaluation(self) -> Evaluation:
         """Return the per-mode arguments of ``reconstruct`` for the last snapshot."""
-        step = (self.profile - self.profile_mean) * self._slope_per_unit
+        step = (self.profile - self.profile_mean) * self.slope_per_unit
         if self.total is None:
             return {"step": step}
-        return {"step": step, "total": self.total, "energy": self.unit * self._slope_per_unit}
+        return {"step": step, "total": self.total, "energy": self.energy}
 
     def reconstruct(self, out: Tensor | None = None) -> Tensor:
         """Return the modelled weights of the last snapshot, [N], in ``out`` when it is given."""
@@ -166,9 +180,9 @@ class Tracker:
             weights[at] = self.profile.to(weights.device, weights.dtype)
         return weights
 
-    def reconstruct_into(self, weights: FlatView) -> None:
-        """Write the modelled weights of the last snapshot into ``weights``, in place."""
-        reconstruct_into(weights, self.mode, self.slope, self.mean, **self.evaluation())
+    def swap_in(self, weights: FlatView, backup: FlatView) -> None:
+        """Copy ``weights`` to ``backup``; write the modelled ones of the last snapshot in place."""
+        swap_in(weights, backup, self.mode, self.slope, self.mean, **self.evaluation())
         if self.follows_references:
             weights.put(self.choice.references, self.profile)
 
@@ -179,24 +193,29 @@ class Tracker:
             shrunk: Whether to return them as they are used when the state shrinks.
         """
         evaluation = self.evaluation() if shrunk else Evaluation(step=self.squares)
-        evaluation["step"] = self._slope_per_unit
+        evaluation["step"] = self.slope_per_unit
         scale = reconstruct(self.mode, self.slope, torch.zeros_like(self.mean), **evaluation)
         if self.follows_references:
             scale[self.choice.references.to(scale.device)] = 1.0
         return scale
 
-    def offset(self) -> Tensor:
-        """Return the offsets b [N] of the weights: mean - a * mean of the profile."""
-        step = -self.profile_mean * self._slope_per_unit
-        offset = reconstruct(self.mode, self.slope, self.mean, step)
+    def offset(self, *, shrunk: bool = False) -> Tensor:
+        """Return the offsets b [N] of the weights: mean - a * mean of the profile.
+
+        Args:
+            shrunk: As for :meth:`scale`.
+        """
+        evaluation = self.evaluation() if shrunk else Evaluation(step=self.squares)
+        evaluation["step"] = -self.profile_mean * self.slope_per_unit
+        offset = reconstruct(self.mode, self.slope, self.mean, **evaluation)
         if self.follows_references:
             offset[self.choice.references.to(offset.device)] = 0.0
         return offset
 
     def explained(self, layout: Layout) -> float:
         """Return the part of :attr:`total_sum` that the model explains."""
-        energy = self.unit * self._slope_per_unit
-        return float(explained_by_layer(layout, self.mode, self.slope, energy, self.total).sum())
+        parts = explained_by_layer(layout, self.mode, self.slope, self.energy, self.total)
+        return float(parts.sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the whole state, on the CPU."""
