@@ -58,13 +58,16 @@ def inner_module(model: nn.Module) -> nn.Module:
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put networks into evaluation mode; every module gets its own mode back afterwards."""
     training = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
+    # Setting an attribute of a module is slow: a small network in evaluation mode would feel it.
+    if any(flag for _, flag in training):
+        for model in models:
+            model.eval()
     try:
         yield
     finally:
         for module, flag in training:
-            module.training = flag
+            if module.training != flag:
+                module.training = flag
 
 
 def scores_of(output: Any) -> Tensor:
