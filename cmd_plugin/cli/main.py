@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cmd_plugin import __version__
+from cmd_plugin.cli.bench import bench
 from cmd_plugin.cli.decompose import decompose
 from cmd_plugin.cli.train import train
 from cmd_plugin.errors import InputError, MissingDependency, PluginError
@@ -59,6 +60,7 @@ def _options(
 
 app.command("train")(train)
 app.command("decompose")(decompose)
+app.add_typer(bench, name="bench")
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
