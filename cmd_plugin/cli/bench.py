@@ -70,14 +70,16 @@ def measure(
 
 
 def _print(rows: Iterable[dict[str, Any]], machine: dict[str, Any]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     rows = list(rows)
     on = machine["accelerator"] if rows[0]["device"] == "cuda" else machine["processor"]
-    table = Table(title=f"{rows[0]['size']:,} weights on {on}, {machine['threads']} threads")
+    title = f"{rows[0]['size']:,} weights on {on}, {machine['threads']} threads"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("kernel", no_wrap=True)
-    table.add_column("path", no_wrap=True)
+    table.add_column("path")
     for column in ("ms", "B", "GB/s", "copy", "eager", "compile", "error"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
