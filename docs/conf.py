@@ -1,5 +1,7 @@
 """Sphinx configuration."""
 
+from importlib.util import find_spec
+
 from cmd_plugin import __version__
 
 project = "cmd-plugin"
@@ -22,6 +24,8 @@ html_title = f"cmd-plugin {version}"
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+# The federated room's adapters are described without Flower as well.
+autodoc_mock_imports = [] if find_spec("flwr") else ["flwr"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +27,8 @@ __all__ = ["BLOCK", "FlatView", "Weights", "as_view", "tensors_of"]
 BLOCK = 1 << 18
 
 _Piece = tuple[Tensor, int, int]
+_Place = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+_Integers = np.ndarray[Any, Any]
 
 
 class FlatView:
@@ -71,6 +76,8 @@ class FlatView:
         self._views: list[list[Tensor] | None] = []
         self._packed: FlatView | None = None
         self._contiguous: list[_Piece] | None = None
+        self._places: tuple[Tensor, list[_Place]] | None = None
+        self._addresses: tuple[_Integers, _Integers] | None = None
         self._table: PointerTable | None = None
         self._plan()
 
@@ -161,7 +168,7 @@ class FlatView:
             at += b - a
         return scratch[:at]
 
-    @property
+    @cached_property
     def addressable(self) -> bool:
         """Whether :meth:`pointer_table` can describe all tensors."""
         return all(PointerTable.addressable(tensor) for tensor in self._tensors)
@@ -172,6 +179,21 @@ class FlatView:
         None if some tensor is not contiguous or of another dtype and would have to be copied.
         """
         return self._contiguous
+
+    def addresses(self) -> tuple[_Integers, _Integers]:
+        """Return (address of each piece [P] uint64, its flat position and N [P + 1] int64).
+
+        Raises:
+            ShapeError: If :meth:`pieces` is None.
+        """
+        if self._contiguous is None:
+            raise ShapeError("only contiguous tensors of the view's dtype have addresses.")
+        if self._addresses is None:
+            self._addresses = (
+                np.array([values.data_ptr() for values, _, _ in self._contiguous], np.uint64),
+                np.array([start for _, start, _ in self._contiguous] + [self.numel], np.int64),
+            )
+        return self._addresses
 
     def write(self, number: int, values: Tensor, where: Tensor | None = None) -> None:
         """Write [n] values into the tensors of a block, in place, rounding to their dtypes.
@@ -198,7 +220,8 @@ class FlatView:
         """Return the values at flat positions ``indices`` [K] int64, CPU, as float64 on the CPU."""
         out = torch.empty(indices.numel(), dtype=torch.float64)
         for tensor, chosen, where in self._located(indices):
-            out[chosen] = tensor[where].double().cpu()
+            values = tensor.index_select(0, where[0]) if len(where) == 1 else tensor[where]
+            out.index_copy_(0, chosen, values.to("cpu", torch.float64))
         return out
 
     def put(self, indices: Tensor, values: Tensor) -> None:
@@ -206,12 +229,20 @@ class FlatView:
         for tensor, chosen, where in self._located(indices):
             tensor[where] = values[chosen].to(self.device, tensor.dtype)
 
-    def _located(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
-        """Yield each tensor that holds some of the positions, which ones [K] bool, and where."""
+    def _located(self, indices: Tensor) -> list[_Place]:
+        """Return each tensor that holds some of the positions, which ones [k], and where.
+
+        The last answer is kept: an update asks for the same positions every time.
+        """
+        if self._places is None or self._places[0] is not indices:
+            self._places = (indices, list(self._locate(indices)))
+        return self._places[1]
+
+    def _locate(self, indices: Tensor) -> Iterator[_Place]:
         owner = torch.searchsorted(self._starts, indices, right=True) - 1
         for index in sorted(set(owner.tolist())):
             tensor = self._tensors[index]
-            chosen = owner == index
+            chosen = (owner == index).nonzero()[:, 0]
             inside = (indices[chosen] - self._starts[index]).to(self.device)
             if tensor.is_contiguous():
                 yield tensor.view(-1), chosen, (inside,)

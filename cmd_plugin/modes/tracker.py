@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any, TypedDict
 
 import torch
@@ -89,30 +90,38 @@ class Tracker:
         )
         self.total = None if self.total is None else self.total.to(device)
 
-    def update(self, weights: FlatView, members: Tensor, label: int) -> None:
-        """Take a new snapshot in.
+    def update(self, weights: FlatView, members: Tensor, label: int) -> bool:
+        """Take a new snapshot in, unless a weight is not finite.
 
         Args:
             weights: The N weights.
             members: [P] float64 values of the weights that make the profiles.
             label: Its number in the history.
+
+        Returns:
+            Whether it was taken in; if not, the state is what it was, up to rounding.
         """
+        if not bool(members.isfinite().all()):
+            return False
         profile = self.choice.profile(members)
         step = profile - self.profile_mean
         keep = self.forgetting
         count = keep * self.count + 1.0
         blend = 1.0 / count
         gain = step * (1.0 - blend) / self.unit
-        squares = update_affine(
-            weights, self.mode, self.slope, self.mean, gain, blend, keep, self.total
+        squares = float(
+            update_affine(weights, self.mode, self.slope, self.mean, gain, blend, keep, self.total)
         )
-        self.total_sum = keep * self.total_sum + (1.0 - blend) * float(squares)
+        if not isfinite(squares):
+            return False
+        self.total_sum = keep * self.total_sum + (1.0 - blend) * squares
         self.profile_mean = self.profile_mean + step * blend
         self.squares = keep * self.squares + step.square() * (1.0 - blend)
         self.count, self.profile = count, profile
         if self.follows_references:
             self._pin()
         self._remember(profile, label)
+        return True
 
     def _pin(self) -> None:
         """Keep the references' own coefficients exact: scale 1, mean that of the profile."""

@@ -49,7 +49,8 @@ def build_model(name: str, channels: int, classes: int, size: tuple[int, int]) -
     Initial weights come from torch's global random state.
 
     Args:
-        name: `cnn` for :class:`SmallConvNet`, else a timm name, else a torchvision name.
+        name: `cnn` for :class:`SmallConvNet`, `cnn:WIDTH` for another width than 32, else a timm
+            name, else a torchvision name.
         channels: Image channels, 1 or 3.
         classes: Number of outputs.
         size: Height and width of the images.
@@ -71,6 +72,12 @@ def build_model(name: str, channels: int, classes: int, size: tuple[int, int]) -
 def _create(name: str, channels: int, classes: int, size: tuple[int, int]) -> nn.Module:
     if name == "cnn":
         return SmallConvNet(channels, classes)
+    if name.startswith("cnn:"):
+        width = name.removeprefix("cnn:")
+        if not (width.isdecimal() and int(width)):
+            message = f"unknown model {name!r}: the width of cnn:WIDTH is a number, as in cnn:16."
+            raise InputError(message)
+        return SmallConvNet(channels, classes, int(width))
     import timm  # imported here: slow, and the default network does not need it
     from torchvision import models as vision
 

@@ -9,6 +9,7 @@ from cmd_plugin.kernels._checks import require_state
 from cmd_plugin.kernels._dispatch import Backend, choose
 from cmd_plugin.kernels.flat_view import Weights, as_view, tensors_of
 from cmd_plugin.kernels.update_affine import _blocked
+from cmd_plugin.kernels.update_affine._revert import CHECKED_FIRST, revert_update
 
 __all__ = ["update_affine"]
 
@@ -38,6 +39,10 @@ def update_affine(
     algebraically the recursive least squares of the paper's online CMD, in a form that needs one
     look-up per weight and accumulates no error in the offset.
 
+    A snapshot with a weight that is NaN or infinite, or so large that :math:`e^2` is, is not taken
+    in. Up to 2^20 weights that is found out first; in longer vectors, which would have to be read
+    from memory twice, it is found on the way, and then the state is restored up to rounding.
+
     It reads 13 bytes a float32 weight and writes 8. Everything is computed in the dtype of
     ``mean``; the sum of squares is accumulated in float64.
 
@@ -57,7 +62,7 @@ def update_affine(
 
     Returns:
         [] float64, the sum of e^2 over all weights: times ``1 - blend`` it is what the snapshot
-        adds to the total sum of squares.
+        adds to the total sum of squares. Not finite if the snapshot was not taken in.
 
     Raises:
         ShapeError: If a state vector does not have N values in the dtype of ``weights``, or lies
@@ -73,24 +78,31 @@ def update_affine(
     view = as_view(weights, mean.dtype)
     arrays = {"slope": slope, "mean": mean, "total": total}
     require_state(view.numel, view.dtype, mode, arrays, {"gain": gain}, view.device)
-    pieces = view.pieces()
     chosen = choose(
         "update_affine",
         backend,
         view.device,
         view.numel,
-        numba=pieces is not None and view.device.type == "cpu",
+        numba=view.pieces() is not None and view.device.type == "cpu",
         triton=view.addressable,
     )
+    arguments = (view, mode, slope, mean, gain, blend, decay, total)
     if chosen == "triton":
         from cmd_plugin.kernels.update_affine import _triton
 
-        return _triton.update_affine(view, mode, slope, mean, gain, blend, decay, total)
-    if chosen == "numba" and pieces is not None:
+        squares = _triton.update_affine(*arguments)
+    elif chosen == "numba":
         from cmd_plugin.kernels.update_affine import _numba
 
-        return _numba.update_affine(pieces, mode, slope, mean, gain, blend, decay, total)
-    return _blocked.update_affine(view, mode, slope, mean, gain, blend, decay, total)
+        squares = _numba.update_affine(*arguments)
+    else:
+        squares = _blocked.update_affine(*arguments)
+    # A short vector was checked first: NaN says it was not touched. Finite weights whose squares
+    # overflow are only found on the way, and their sum is infinite.
+    untouched = view.numel <= CHECKED_FIRST and bool(squares.isnan())
+    if not untouched and not bool(squares.isfinite()):
+        revert_update(*arguments)
+    return squares
 
 
 _operator = torch.library.custom_op(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from cmd_plugin.kernels.flat_view import FlatView
 from cmd_plugin.kernels.mode_table import ModeTable
+from cmd_plugin.kernels.update_affine._revert import CHECKED_FIRST
 
 __all__ = ["BlockUpdater", "update_affine"]
 
@@ -36,6 +39,9 @@ class BlockUpdater:
         slope, mean = self._slope[at], self._mean[at]
         difference = self._innovation[: stop - start]
         torch.sub(self._weights.read(number, self._values), mean, out=difference)
+        squares = torch.dot(difference, difference)
+        if not math.isfinite(squares):  # a weight is not finite: it leaves its state as it is
+            difference.masked_fill_(~difference.square().isfinite(), 0.0)
         mean.add_(difference, alpha=self._blend)
         if self._decay != 1.0:
             slope.mul_(self._decay)
@@ -43,7 +49,7 @@ class BlockUpdater:
         if self._total is not None:
             total = self._total[at]
             total.mul_(self._decay).addcmul_(difference, difference, value=1.0 - self._blend)
-        return torch.dot(difference, difference)
+        return squares
 
 
 def update_affine(
@@ -57,6 +63,9 @@ def update_affine(
     total: Tensor | None,
 ) -> Tensor:
     """See :func:`cmd_plugin.kernels.update_affine`."""
+    weights = weights.packed()
+    if weights.numel <= CHECKED_FIRST and weights.count_non_finite():
+        return torch.full((), math.nan, dtype=torch.float64, device=mean.device)
     update = BlockUpdater(weights, mode, slope, mean, gain, blend, decay, total)
     squares = torch.zeros((), dtype=torch.float64, device=mean.device)
     for number, start, stop in weights.blocks():

@@ -6,6 +6,8 @@ the order of the blocks: the result is the same every time.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, strided
 from cmd_plugin.kernels.flat_view import FlatView
+from cmd_plugin.kernels.update_affine._revert import CHECKED_FIRST
 
 __all__ = ["update_affine", "update_block"]
 
@@ -29,6 +32,8 @@ def update_block(weights, where, at, ok, mode, slope, mean, total, constants):
     b = tl.load(mean + at, ok, 0.0)
     w = tl.load(weights + where, ok, 0.0).to(b.dtype)
     e = w - b
+    square = e * e
+    e = tl.where(square < float("inf"), e, 0.0)
     b += e * blend
     s = tl.load(slope + at, ok, 0.0) * decay + e * tl.load(constants + TABLE + m)
     tl.store(mean + at, b, ok)
@@ -37,7 +42,7 @@ def update_block(weights, where, at, ok, mode, slope, mean, total, constants):
     if total is not None:
         v = tl.load(total + at, ok, 0.0) * decay + e * e * rest
         tl.store(total + at, v, ok)
-    return m, s, b, v, e * e
+    return m, s, b, v, square
 
 
 @triton.jit
@@ -80,6 +85,8 @@ def update_affine(
     total: Tensor | None,
 ) -> Tensor:
     """See :func:`cmd_plugin.kernels.update_affine`."""
+    if weights.numel <= CHECKED_FIRST and weights.count_non_finite():
+        return torch.full((), math.nan, dtype=torch.float64, device=mean.device)
     constants = pack(mean, blend, decay, 1.0 - blend, gain)
     table = weights.pointer_table()
     squares = torch.empty(table.programs, dtype=torch.float64, device=mean.device)

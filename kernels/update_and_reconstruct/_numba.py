@@ -9,11 +9,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmd_plugin.kernels._numba import CHUNK, array, exact, model_chunk, nothing, numbers
+from cmd_plugin.kernels._numba import CHUNK, array, compiled, exact, model_chunk, nothing, numbers
 from cmd_plugin.kernels._threads import in_threads
-from cmd_plugin.kernels.update_affine._numba import update_chunk
 
 __all__ = ["update_and_reconstruct"]
+
+
+@compiled
+def _update_chunk(weights, mode, slope, mean, total, gain, blend, decay, gains):
+    """Update n weights in place and return the sum of e^2; ``gains`` is scratch of at least n."""
+    zero, one = mean.dtype.type(0.0), mean.dtype.type(1.0)
+    limit = mean.dtype.type(np.inf)
+    for i in range(mode.size):
+        gains[i] = gain[mode[i]]
+    part = zero
+    for i in range(mode.size):
+        innovation = weights[i] - mean[i]
+        square = innovation * innovation
+        part += square
+        innovation = innovation if square < limit else zero
+        mean[i] += innovation * blend
+        slope[i] = slope[i] * decay + innovation * gains[i]
+    if total.size:
+        # The mean has moved: w - new mean = (1 - blend) (w - old mean).
+        for i in range(mode.size):
+            rest = weights[i] - mean[i]
+            square = rest * rest
+            square = square if square < limit else zero
+            total[i] = total[i] * decay + square / (one - blend)
+    return part
 
 
 @exact
@@ -24,7 +48,7 @@ def _both(weights, mode, slope, mean, total, gain, step, energy, blend, decay, o
         stop = min(start + CHUNK, weights.size)
         m, s, b = mode[start:stop], slope[start:stop], mean[start:stop]
         v = total[start:stop]
-        squares += update_chunk(weights[start:stop], m, s, b, v, gain, blend, decay, scratch)
+        squares += _update_chunk(weights[start:stop], m, s, b, v, gain, blend, decay, scratch)
         model_chunk(m, s, b, v, step, energy, scratch, out[start:stop])
     return squares
 

@@ -18,6 +18,15 @@ def test_small_network(channels: int, side: int) -> None:
     assert 55_000 < sum(p.numel() for p in model.parameters()) < 60_000
 
 
+def test_small_network_of_another_width() -> None:
+    model = build_model("cnn:8", 1, 10, (8, 8))
+    assert isinstance(model, SmallConvNet)
+    assert model.conv1.out_channels == 8
+    for name in ("cnn:", "cnn:0", "cnn:wide"):
+        with pytest.raises(InputError, match="the width of cnn:WIDTH is a number"):
+            build_model(name, 1, 10, (8, 8))
+
+
 @pytest.mark.parametrize(
     ("name", "module"),
     [

@@ -1,0 +1,397 @@
+"""The codec between a server and its clients: pure, and without a line of Flower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from cmd_plugin.errors import InputError
+from cmd_plugin.federated.frame import (
+    FLAG_DELTA,
+    FLAG_KEEP,
+    FLAG_POOL,
+    FLAG_REPLY_DELTA,
+    FLAG_SPARSE,
+    KIND_DOWN,
+    KIND_UP,
+    OVERHEAD,
+    Frame,
+    FrameError,
+    Header,
+    NeedResync,
+    Sections,
+)
+from cmd_plugin.federated.packing import Arrays, Flat, Packing
+from cmd_plugin.federated.plan import Plan
+from cmd_plugin.federated.quantise import check_bits, quantised_bytes
+from cmd_plugin.federated.values import (
+    Known,
+    Received,
+    decode_values,
+    encode_values,
+    free_positions,
+)
+from cmd_plugin.modes.settings import Projection
+
+__all__ = ["PROJECTIONS", "ModeCodec"]
+
+PROJECTIONS = get_args(Projection)
+"""What clients do with embedded weights while they train; see :class:`CMDStrategy`."""
+
+Bools = npt.NDArray[np.bool_]
+
+
+class ModeCodec:
+    """Turns the arrays of a model into one frame of bytes, and back.
+
+    Weights that are embedded in the plan are not sent: the receiver computes them from the values
+    of the references. Everything else that is modelled is sent as it is, or quantised. With an
+    empty plan and no quantisation a round trip is lossless, bit for bit.
+
+    The same object serves both ends. The server's plan is the truth and grows through
+    :meth:`Plan.embed`; a client's is a cache that :meth:`receive` brings up to date.
+
+    Args:
+        packing: Which arrays there are and which are modelled; see :meth:`of`.
+
+    Attributes:
+        packing: As given.
+        plan: The embedded set.
+        values: [N] values kept for frames that build on them, or None.
+        values_identity: Their identity; 0 without values.
+        statistics: BatchNorm's statistics that stay with this client, by name.
+    """
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        self.plan = Plan(packing.numel)
+        self.values: Flat | None = None
+        self.values_identity = 0
+        self.statistics: dict[str, npt.NDArray[Any]] = {}
+
+    @classmethod
+    def of(
+        cls,
+        arrays: Arrays,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        statistics: str = "average",
+    ) -> ModeCodec:
+        """Return the codec of a model's arrays; see :meth:`Packing.of` for the arguments."""
+        return cls(Packing.of(arrays, include=include, exclude=exclude, statistics=statistics))
+
+    @property
+    def known(self) -> Known:
+        """What this end holds."""
+        return Known(self.packing.identity, self.plan.identity, self.values_identity)
+
+    def squeeze(self, flat: Flat) -> Flat:
+        """Return the free values [N - |E|] of a flat vector [N].
+
+        Averaging squeezed vectors and expanding is averaging expanded ones, because weights of an
+        average sum to one; a secure sum may therefore run on these.
+        """
+        return flat[self.plan.free]
+
+    def expand(self, squeezed: Flat) -> Flat:
+        """Return the flat vector [N] of free values [N - |E|], embedded weights on their curves."""
+        flat = np.zeros(self.packing.numel, self.packing.dtype)
+        flat[self.plan.free] = squeezed
+        return self.plan.expand(flat)
+
+    def frame_bytes(self, bits: int | None = None, *, since: int | None = None) -> int:
+        """Return the exact length of a frame that carries every free weight.
+
+        Args:
+            bits: 8 or 4 to quantise.
+            since: Identity of the plan a receiver on the way down knows; None for one that knows
+                nothing and gets layout and plan, or the current plan's for a compact frame.
+        """
+        free = self.packing.numel - len(self.plan.members)
+        width = self.packing.dtype.itemsize
+        depth = check_bits(bits)
+        length = OVERHEAD
+        if depth:
+            length += sum(quantised_bytes(free, depth)) + width * len(self.plan.references)
+        else:
+            length += width * free
+        length += sum(e.nbytes for e in self.packing.raw_entries(with_local=since is None))
+        if since is None:
+            length += len(self.packing.to_json())
+        increments = self.plan.since(since or 0)
+        if increments is None:
+            raise InputError(f"plan {since:016x} is no earlier state of this one.")
+        return length + len(increments)
+
+    # -- down: server to client -------------------------------------------------------------------
+
+    def send(
+        self,
+        flat: Flat,
+        raw: Arrays,
+        known: Known | None = None,
+        *,
+        header: Header | None = None,
+        frozen: Bools | None = None,
+        share: float = 1.0,
+        result: int = 0,
+    ) -> Frame:
+        """Encode the global model for a client.
+
+        Args:
+            flat: [N] modelled weights, embedded ones on their curves.
+            raw: The other arrays.
+            known: What the client holds; a client whose layout is another gets everything.
+            header: Round, bits and what is asked of the reply.
+            frozen: [N] positions that keep the value the client has.
+            share: Send only this share of the differences to :attr:`values`, the largest.
+            result: Identity of what the client will hold, if it has to keep it.
+        """
+        known = known or Known()
+        header = header or Header(KIND_DOWN)
+        increments = self.plan.since(known.plan) if known.layout == self.packing.identity else None
+        base = known.values if known.values and known.values == self.values_identity else 0
+        builds_on = frozen is not None or share < 1.0
+        full = increments is None or (builds_on and not base)
+        if full:
+            known, increments = Known(), self.plan.since(0)
+            frozen_bytes = b"" if frozen is None else np.packbits(frozen).tobytes()
+            free, share, delta, base = self.plan.free, 1.0, False, 0
+        else:
+            frozen_bytes = b"" if frozen is None else np.packbits(frozen).tobytes()
+            free = free_positions(self.plan, frozen)
+            delta = share < 1.0
+            base = base if builds_on else 0
+        vector = flat - self.values if delta and self.values is not None else flat
+        encoded = encode_values(
+            vector, free, self.plan.references, bits=header.bits, delta=delta, share=share
+        )
+        flags = header.flags | encoded.flags | (FLAG_KEEP if result else 0)
+        return Frame(
+            replace(
+                header,
+                kind=KIND_DOWN,
+                flags=flags,
+                layout=self.packing.identity,
+                plan_before=known.plan,
+                plan=self.plan.identity,
+                base=base,
+                result=result,
+            ),
+            Sections(
+                layout=self.packing.to_json() if full else b"",
+                increments=increments or b"",
+                frozen=frozen_bytes,
+                positions=encoded.positions,
+                exact=encoded.exact,
+                scales=encoded.scales,
+                values=encoded.values,
+                raw=self.packing.pack_raw(raw, with_local=full),
+            ),
+        )
+
+    @staticmethod
+    def receive(codec: ModeCodec | None, frame: Frame) -> tuple[ModeCodec, Received]:
+        """Decode a frame from the server, and bring a client's codec up to date.
+
+        Args:
+            codec: What the client remembers; None for nothing.
+            frame: What came.
+
+        Returns:
+            The codec to remember, and the decoded model.
+
+        Raises:
+            NeedResync: If the frame builds on what this client does not hold.
+            FrameError: If the frame is damaged.
+        """
+        header, sections = frame.header, frame.sections
+        if header.kind != KIND_DOWN:
+            raise FrameError("kind", f"expected a frame from the server, got kind {header.kind}.")
+        full = bool(sections.layout)
+        if full:
+            fresh = ModeCodec(Packing.from_json(sections.layout))
+            if fresh.packing.identity != header.layout:
+                raise FrameError("layout", "its identity is not the one announced.")
+            same = codec is not None and codec.packing.identity == header.layout
+            if same and codec is not None and codec.statistics:
+                fresh.statistics = codec.statistics
+            codec = fresh
+        elif codec is None or codec.packing.identity != header.layout:
+            raise NeedResync("layout", f"layout {header.layout:016x} is not known here, resend.")
+        codec.plan.extend(header.plan_before, sections.increments, header.plan)
+        if header.base and header.base not in (codec.values_identity, 0):
+            raise NeedResync("values", f"values {header.base:016x} are not known here, resend.")
+        frozen = codec._frozen(sections.frozen)
+        free = codec.plan.free if full else free_positions(codec.plan, frozen)
+        base = codec.values if header.base else None
+        flat = decode_values(frame, free, codec.plan, base, codec.packing.dtype)
+        raw = codec.packing.unpack_raw(sections.raw, with_local=full)
+        for entry in codec.packing.raw_entries(with_local=True):
+            if entry.local:
+                if entry.name in codec.statistics:
+                    raw[entry.name] = codec.statistics[entry.name]
+                elif entry.name not in raw:
+                    raise NeedResync(repr(entry.name), "it is not known here, resend.")
+        codec.packing.refuse_non_finite(flat, raw)
+        keep = bool(header.flags & FLAG_KEEP)
+        codec.values, codec.values_identity = (flat, header.result) if keep else (None, 0)
+        arrays = codec.packing.unflatten(flat, raw)
+        return codec, Received(header, arrays, flat, free_positions(codec.plan, frozen))
+
+    def _frozen(self, bitmap: bytes) -> Bools | None:
+        if not bitmap:
+            return None
+        if len(bitmap) != -(-self.packing.numel // 8):
+            raise FrameError("frozen", f"the bitmap does not fit {self.packing.numel} weights.")
+        bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), count=self.packing.numel)
+        return bits.astype(bool)
+
+    # -- up: client to server ---------------------------------------------------------------------
+
+    def reply(
+        self,
+        received: Received,
+        arrays: Arrays,
+        *,
+        generator: np.random.Generator | None = None,
+        residual: Flat | None = None,
+    ) -> Frame:
+        """Encode what a client trained, as the server asked for it.
+
+        Args:
+            received: What the training started from.
+            arrays: The trained model's arrays.
+            generator: Source of the stochastic rounding.
+            residual: [N] what earlier replies left out (error feedback); updated in place.
+
+        Raises:
+            FrameError: If an array has another name, shape or dtype, or is not finite.
+        """
+        self.packing.check(arrays)
+        asked = received.header
+        flat = self.packing.flatten(arrays)
+        raw = {e.name: arrays[e.name] for e in self.packing.raw_entries(with_local=True)}
+        self.packing.refuse_non_finite(flat, raw)
+        self.statistics = {
+            e.name: np.array(arrays[e.name]) for e in self.packing.entries if e.local
+        }
+        if asked.flags & FLAG_POOL:
+            self.plan.pool(flat, received.flat)
+        delta = bool(asked.flags & FLAG_REPLY_DELTA)
+        vector = flat - received.flat if delta else flat
+        if residual is not None:
+            vector = vector + residual
+        encoded = encode_values(
+            vector,
+            received.free,
+            self.plan.references,
+            bits=asked.reply_bits,
+            delta=delta,
+            share=asked.reply_share,
+            generator=generator,
+        )
+        header = Header(
+            KIND_UP,
+            bits=asked.reply_bits,
+            flags=encoded.flags,
+            round=asked.round,
+            layout=self.packing.identity,
+            plan=self.plan.identity,
+        )
+        frame = Frame(
+            header,
+            Sections(
+                positions=encoded.positions,
+                exact=encoded.exact,
+                scales=encoded.scales,
+                values=encoded.values,
+                raw=self.packing.pack_raw(arrays, with_local=False),
+            ),
+        )
+        if residual is not None:
+            zero = np.zeros_like(vector)
+            residual[:] = vector - decode_values(
+                frame, received.free, self.plan, zero, self.packing.dtype
+            )
+        return frame
+
+    def accept(
+        self,
+        frame: Frame,
+        sent: Header,
+        base: Flat,
+        raw: Arrays,
+        frozen: Bools | None = None,
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Decode a client's reply on the server.
+
+        Args:
+            frame: The reply.
+            sent: Header of the frame it answers.
+            base: [N] weights that differences are added to and that left-out positions keep.
+            raw: The server's other arrays, for statistics that stay with the client.
+            frozen: [N] positions that were frozen in that frame.
+
+        Returns:
+            The client's model, name -> array.
+
+        Raises:
+            FrameError: If it is stale, of another layout or encoding, malformed, or not finite.
+        """
+        header = frame.header
+        if header.kind != KIND_UP:
+            raise FrameError("kind", f"expected a client's reply, got kind {header.kind}.")
+        if header.layout != sent.layout:
+            raise FrameError("layout", "the reply is for another model.")
+        if header.round != sent.round:
+            raise FrameError("round", f"stale: answers round {header.round}, not {sent.round}.")
+        if header.plan != sent.plan:
+            raise FrameError(
+                "plan", f"stale: answers plan {header.plan:016x}, not {sent.plan:016x}."
+            )
+        asked = sent.flags & FLAG_REPLY_DELTA, sent.reply_bits, sent.reply_share < 1.0
+        delta_bit = FLAG_REPLY_DELTA if header.flags & FLAG_DELTA else 0
+        if asked != (delta_bit, header.bits, bool(header.flags & FLAG_SPARSE)):
+            raise FrameError("encoding", "the reply is not encoded as it was asked for.")
+        free = free_positions(self.plan, frozen)
+        flat = decode_values(frame, free, self.plan, base, self.packing.dtype)
+        others = self.packing.unpack_raw(frame.sections.raw, with_local=False)
+        self.packing.refuse_non_finite(flat, others)
+        for entry in self.packing.raw_entries(with_local=True):
+            others.setdefault(entry.name, raw[entry.name])
+        return self.packing.unflatten(flat, others)
+
+    # -- memory -----------------------------------------------------------------------------------
+
+    def to_bytes(self) -> dict[str, bytes]:
+        """Return what a client has to remember, by name; :meth:`from_bytes` reads it."""
+        parts = {"layout": self.packing.to_json(), "plan": self.plan.to_bytes()}
+        if self.values is not None:
+            parts["values"] = self.values_identity.to_bytes(8, "little") + self.values.tobytes()
+        for name, array in self.statistics.items():
+            entry = next(e for e in self.packing.entries if e.name == name)
+            kind = np.dtype(entry.dtype).newbyteorder("<")
+            parts[f"statistics/{name}"] = array.astype(kind).tobytes()
+        return parts
+
+    @classmethod
+    def from_bytes(cls, parts: Mapping[str, bytes]) -> ModeCodec:
+        """Return the codec that :meth:`to_bytes` described."""
+        codec = cls(Packing.from_json(parts["layout"]))
+        codec.plan = Plan.from_bytes(parts["plan"])
+        if "values" in parts:
+            codec.values_identity = int.from_bytes(parts["values"][:8], "little")
+            codec.values = np.frombuffer(parts["values"][8:], codec.packing.dtype).copy()
+        for entry in codec.packing.entries:
+            data = parts.get(f"statistics/{entry.name}")
+            if data is not None:
+                kind = np.dtype(entry.dtype)
+                flat = np.frombuffer(data, kind.newbyteorder("<")).astype(kind)
+                codec.statistics[entry.name] = flat.reshape(entry.shape)
+        return codec

@@ -1,0 +1,1 @@
+"""The two halves of the federation: :mod:`federated_app.client`, :mod:`federated_app.server`."""

@@ -1,0 +1,5 @@
+"""What runs at the SuperLink: CMDStrategy around Flower's FedAvg, and files with the results."""
+
+from cmd_plugin.federated import make_server_app
+
+app = make_server_app()
