@@ -13,8 +13,6 @@ from cmd_plugin.errors import InputError
 from cmd_plugin.kernels import _dispatch, last_backend
 from cmd_plugin.kernels.bench import KERNELS, measure_kernels
 
-pytestmark = pytest.mark.paths()
-
 KEYS = {
     "kernel",
     "backend",
