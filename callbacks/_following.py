@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.callbacks._trainer import buffers_of_rank_zero
-from cmd_plugin.errors import InputError, StateMismatch
+from cmd_plugin.errors import InputError, PluginError, StateMismatch
 from cmd_plugin.modes import OnlineModes
 
 if TYPE_CHECKING:
@@ -209,6 +209,17 @@ class WeightFollower(Callback):
         Override it for other batches, together with ``buffers="recalibrate"``.
         """
         return batch[0] if isinstance(batch, (list, tuple)) else batch
+
+    def _refuse_rival(self, trainer: Trainer) -> None:
+        """Raise PluginError if another callback writes the weights of checkpoints as well."""
+        others = trainer.callbacks  # type: ignore[attr-defined]
+        names = {kind.__name__ for other in others for kind in type(other).__mro__}
+        if self.checkpoint_weights == "modelled" and "WeightAveraging" in names:
+            message = (
+                "CMDCallback(checkpoint_weights='modelled') and WeightAveraging both want the "
+                "state_dict of the checkpoint: use checkpoint_weights='raw'."
+            )
+            raise PluginError(message)
 
     def _can_show(self, pl_module: LightningModule) -> bool:
         return self._owns(pl_module) and self.modes is not None and self.modes.ready

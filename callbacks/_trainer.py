@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,12 @@ __all__ = [
     "planned_snapshots",
     "refuse_sharded",
     "resolve_warmup",
+    "run_before_monitors",
     "runs",
+    "warn_when_too_short",
 ]
+
+_logger = logging.getLogger("cmd_plugin.callbacks.cmd")  # of the callback the user knows
 
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
@@ -48,6 +53,18 @@ def refuse_sharded(trainer: Trainer, who: str) -> None:
             "strategy='ddp' or 'auto', or leave the callback out."
         )
         raise PluginError(message)
+
+
+def run_before_monitors(trainer: Trainer, callback: object, prefix: str) -> None:
+    """Move a callback ahead of those that monitor one of its metrics, or they would not find it."""
+    callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    mine = callbacks.index(callback)
+    for place, other in enumerate(callbacks[:mine]):
+        monitor = getattr(other, "monitor", None)
+        if isinstance(monitor, str) and monitor.startswith(prefix):
+            callbacks.insert(place, callbacks.pop(mine))
+            trainer.callbacks = callbacks  # type: ignore[attr-defined]
+            return
 
 
 def epoch_is_over(trainer: Trainer, batch_idx: int | None = None) -> bool:
@@ -80,6 +97,22 @@ def planned_snapshots(
             return None
         epochs = min(epochs, math.ceil(steps / steps_per_epoch) if steps else 0.0)
     return epochs // every_n_epochs if math.isfinite(epochs) else epochs
+
+
+def warn_when_too_short(
+    trainer: Trainer, every_n_epochs: int, every_n_steps: int | None, needed: int
+) -> None:
+    """Warn if the run is known to end before ``needed`` snapshots are taken."""
+    planned = planned_snapshots(trainer, every_n_epochs, every_n_steps)
+    if planned is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if planned < needed:
+        _logger.warning(
+            "The run plans %d snapshots and the fit needs %d: nothing will be modelled. Lower "
+            "warmup, or take snapshots more often.",
+            planned,
+            needed,
+        )
 
 
 def resolve_warmup(fraction: float, planned: float | None) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from typing_extensions import override
 
 from cmd_plugin.callbacks._arguments import one_of, patterns, whole
-from cmd_plugin.callbacks._following import WeightFollower
+from cmd_plugin.callbacks._embedding import EmbeddedTraining
 from cmd_plugin.callbacks._recording import LogListener, publish
 from cmd_plugin.callbacks._second_pass import second_pass, takes_data_loader_iterator
 from cmd_plugin.callbacks._trainer import (
@@ -17,10 +17,12 @@ from cmd_plugin.callbacks._trainer import (
     planned_snapshots,
     refuse_sharded,
     resolve_warmup,
+    run_before_monitors,
     runs,
+    warn_when_too_short,
 )
 from cmd_plugin.errors import InputError, PluginError
-from cmd_plugin.modes import OnlineModes
+from cmd_plugin.modes import Embedding, OnlineModes
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -30,15 +32,19 @@ __all__ = ["CMDCallback"]
 _logger = logging.getLogger(__name__)
 
 
-class CMDCallback(WeightFollower):
+class CMDCallback(EmbeddedTraining):
     """Watches the weights of a training run and evaluates their low-dimensional model.
 
     After each epoch (or every n steps) the weights are handed to
     :class:`cmd_plugin.modes.OnlineModes`. Once ``warmup + 1`` snapshots are seen, every weight is
     modelled as an affine function of one of a few reference weights, and the modelled weights are
     what this callback shows: in validation beside or instead of the raw ones, and in
-    ``trainer.test`` and ``trainer.predict``. Training itself is never touched: with and without the
-    callback it gives the same losses, weights and random numbers, bit for bit.
+    ``trainer.test`` and ``trainer.predict``. With ``mode="online"`` training is never touched: with
+    and without the callback it gives the same losses, weights and random numbers, bit for bit.
+
+    ``mode="embedded"`` changes the training: every ``embed_every`` snapshots more weights get a
+    frozen scale and offset and follow their reference from then on (the paper's section 3.4; see
+    :class:`cmd_plugin.modes.Embedding`). The raw weights are those of this training.
 
     Snapshots are taken at the end of the last batch of the epoch, before validation.
 
@@ -54,7 +60,8 @@ class CMDCallback(WeightFollower):
     ``trainer.callback_metrics``.
 
     Logged at the end of each training epoch: ``cmd/explained_variance`` (at most 1, over everything
-    seen so far; once fitted) and ``cmd/state_bytes`` (bytes this callback holds).
+    seen so far; once fitted), ``cmd/state_bytes`` (bytes held), and with ``mode="embedded"``
+    ``cmd/embedded_fraction`` (0 to 1) and ``cmd/saved_percent`` (as the paper counts it).
 
     Resuming from a Lightning checkpoint is exact at any phase. Not supported: strategies that split
     the weights over processes (FSDP, ModelParallel, DeepSpeed), which are refused in ``setup``.
@@ -66,6 +73,7 @@ class CMDCallback(WeightFollower):
         trainer.test(module, data)    # modelled weights
 
     Args:
+        mode: ``"online"`` watches; ``"embedded"`` makes more and more weights follow references.
         modes: Number of modes M, 1 to 256.
         warmup: Snapshots F before the one that triggers the fit (at least 2), or a fraction of the
             snapshots that the run plans, in (0, 1).
@@ -87,6 +95,14 @@ class CMDCallback(WeightFollower):
         profile: ``"reference"`` (one weight per mode) or ``"mean"`` of the mode's samples.
         shrink: Whether to shrink each weight's scale by its squared correlation with its profile.
         forgetting: Forgetting factor in (0, 1]; 1 weighs all history equally.
+        embed_every: Snapshots L between two embedding events.
+        embed_percent: Percentage P of the weights that an event chooses, in (0, 100].
+        relative: Whether P is of the weights that are still free, instead of all.
+        project: When embedded weights are written: before each snapshot (``"epoch"``, the authors),
+            after each optimizer step (``"step"``), or that with gradients handed to the references
+            by the chain rule (``"tie"``; after accumulation, unscaling and reduction over
+            processes, before clipping; each optimizer for its own parameters).
+        slots: ``"leave"`` or ``"zero"`` the optimizers' momenta of embedded weights.
         checkpoint_weights: ``"modelled"`` writes the modelled weights under ``state_dict`` of full
             checkpoints and the raw ones under ``current_model_state`` (the convention of
             Lightning's ``WeightAveraging``); training still resumes from the raw ones.
@@ -106,6 +122,7 @@ class CMDCallback(WeightFollower):
     def __init__(
         self,
         *,
+        mode: Literal["online", "embedded"] = "online",
         modes: int = 10,
         warmup: int | float = 20,
         samples: int = 1000,
@@ -122,6 +139,11 @@ class CMDCallback(WeightFollower):
         profile: Literal["reference", "mean"] = "reference",
         shrink: bool = False,
         forgetting: float = 1.0,
+        embed_every: int = 10,
+        embed_percent: float = 10.0,
+        relative: bool = False,
+        project: Literal["epoch", "step", "tie"] = "epoch",
+        slots: Literal["leave", "zero"] = "leave",
         checkpoint_weights: Literal["raw", "modelled"] = "raw",
         prefix: str = "cmd/",
         prog_bar: bool = False,
@@ -131,6 +153,10 @@ class CMDCallback(WeightFollower):
             warmup if 0 < warmup < 1 else whole("warmup", warmup, 2),
             one_of("checkpoint_weights", checkpoint_weights, ("raw", "modelled")),
             whole("recalibration_batches", recalibration_batches, 1),
+            one_of("mode", mode, ("online", "embedded")),
+            Embedding(
+                whole("embed_every", embed_every, 1), embed_percent, relative, project, slots
+            ),
         )
         self.number_of_modes = whole("modes", modes, 1, 256)
         self.samples = whole("samples", samples, 1)
@@ -200,6 +226,7 @@ class CMDCallback(WeightFollower):
             profile=self.profile,
             shrink=self.shrink,
             forgetting=self.forgetting,
+            embedding=self.embedding,
             broadcast=broadcast_from_rank_zero(trainer, pl_module),
         )
 
@@ -216,21 +243,14 @@ class CMDCallback(WeightFollower):
         refuse_sharded(trainer, type(self).__name__)
         self._hide()
         self._offered = self._restored = False
-        others = trainer.callbacks  # type: ignore[attr-defined]
-        names = {kind.__name__ for other in others for kind in type(other).__mro__}
-        if self.checkpoint_weights == "modelled" and "WeightAveraging" in names:
-            message = (
-                "CMDCallback(checkpoint_weights='modelled') and WeightAveraging both want the "
-                "state_dict of the checkpoint: use checkpoint_weights='raw'."
-            )
-            raise PluginError(message)
+        self._refuse_rival(trainer)
         if self.evaluate == "both" and takes_data_loader_iterator(pl_module):
             message = (
                 "evaluate='both' cannot repeat a validation_step(dataloader_iter) that fetches its "
                 "own batches: use evaluate='modelled' or 'raw'."
             )
             raise PluginError(message)
-        self._run_before_monitors(trainer)
+        run_before_monitors(trainer, self, self.prefix)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -248,7 +268,10 @@ class CMDCallback(WeightFollower):
         if not self._restored:  # e.g. the second fit() of one module, by a new trainer
             self._asked_step = trainer.global_step
             self._asked_epoch = trainer.current_epoch - 1
-        self._warn_when_too_short(trainer)
+        self.watch_steps(trainer)
+        if self.modes is not None and not self.modes.ready:
+            needed = self.modes.settings.warmup + 1
+            warn_when_too_short(trainer, self.every_n_epochs, self.every_n_steps, needed)
 
     @override
     def on_train_batch_end(
@@ -277,16 +300,15 @@ class CMDCallback(WeightFollower):
         self._end_epoch(trainer, pl_module)
         if self.modes is None or trainer.barebones:
             return
-        # sync_dist is free here in one process, and spares the user Lightning's warning in several.
-        options: dict[str, Any] = {
-            "prog_bar": self.prog_bar,
-            "batch_size": 1,
-            "sync_dist": True,
-        }
-        pl_module.log(f"{self.prefix}state_bytes", float(self.modes.state_bytes), **options)
+        metrics = {"state_bytes": float(self.modes.state_bytes)}
         if self.modes.ready:
-            variance = self.modes.explained_variance()
-            pl_module.log(f"{self.prefix}explained_variance", variance, **options)
+            metrics["explained_variance"] = self.modes.explained_variance()
+        if self.embedding is not None:
+            metrics["embedded_fraction"] = self.modes.embedded_fraction
+            metrics["saved_percent"] = self.modes.saved_percent
+        metrics = {f"{self.prefix}{name}": value for name, value in metrics.items()}
+        # sync_dist is free here in one process, and spares the user Lightning's warning in several.
+        pl_module.log_dict(metrics, prog_bar=self.prog_bar, batch_size=1, sync_dist=True)
 
     @override
     def on_exception(
@@ -294,11 +316,13 @@ class CMDCallback(WeightFollower):
     ) -> None:
         """Give the raw weights back, before a checkpoint of the crash is written."""
         self._hide()
+        self.ignore_steps()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing behind on the module."""
+        """Leave nothing behind on the module and the optimizers."""
         self._hide()
+        self.ignore_steps()
 
     # -- evaluation ----------------------------------------------------------------------------
 
@@ -374,26 +398,3 @@ class CMDCallback(WeightFollower):
         self._asked_epoch = epoch
         if self.should_update(epoch_idx=epoch):
             self.take_snapshot(trainer, pl_module, label=epoch)
-
-    def _run_before_monitors(self, trainer: Trainer) -> None:
-        """Move ahead of callbacks that monitor one of our metrics, or they would not find it."""
-        callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
-        mine = callbacks.index(self)
-        for place, other in enumerate(callbacks[:mine]):
-            monitor = getattr(other, "monitor", None)
-            if isinstance(monitor, str) and monitor.startswith(self.prefix):
-                callbacks.insert(place, callbacks.pop(mine))
-                trainer.callbacks = callbacks  # type: ignore[attr-defined]
-                return
-
-    def _warn_when_too_short(self, trainer: Trainer) -> None:
-        planned = planned_snapshots(trainer, self.every_n_epochs, self.every_n_steps)
-        if self.modes is None or planned is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if not self.modes.ready and planned <= (self._resolved_warmup or 0):
-            _logger.warning(
-                "The run plans %d snapshots and the fit needs %d: nothing will be modelled. Lower "
-                "warmup, or take snapshots more often.",
-                planned,
-                (self._resolved_warmup or 0) + 1,
-            )

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from cmd_plugin.training import ComparisonResult, Progress
+    from cmd_plugin.training import Progress
 
 __all__ = ["train"]
 
 _DATA = "Data and network"
 _TRAINING = "Training"
 _METHODS = "Averages and modes"
+_EMBEDDING = "Embedded training"
 _OUTPUT = "Output"
 
 
@@ -152,6 +151,48 @@ def train(
             rich_help_panel=_METHODS,
         ),
     ] = 0.99,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="online watches the training; embedded also trains each seed a second time, with "
+            "more and more weights that follow their mode's reference.",
+            rich_help_panel=_EMBEDDING,
+        ),
+    ] = "online",
+    embed_every: Annotated[
+        int,
+        typer.Option(help="Epochs between two embedding events.", rich_help_panel=_EMBEDDING),
+    ] = 5,
+    embed_percent: Annotated[
+        float,
+        typer.Option(
+            help="Percentage of the weights that an event chooses, above 0 to 100.",
+            rich_help_panel=_EMBEDDING,
+        ),
+    ] = 10.0,
+    embed_relative: Annotated[
+        bool,
+        typer.Option(
+            "--embed-relative/--embed-absolute",
+            help="Percentage of the weights still free, or of all.",
+            rich_help_panel=_EMBEDDING,
+        ),
+    ] = False,
+    embed_project: Annotated[
+        str,
+        typer.Option(
+            help="When embedded weights are written: epoch (its end; the paper), step, or tie "
+            "(each step, and references get their gradients).",
+            rich_help_panel=_EMBEDDING,
+        ),
+    ] = "epoch",
+    embed_slots: Annotated[
+        str,
+        typer.Option(
+            help="leave or zero the optimizer's momenta of embedded weights.",
+            rich_help_panel=_EMBEDDING,
+        ),
+    ] = "leave",
     threads: Annotated[
         int | None,
         typer.Option(help="CPU threads; default: torch's choice.", rich_help_panel=_OUTPUT),
@@ -191,6 +232,9 @@ def train(
     changing it, and all four are evaluated after every epoch. Overhead is the time CMD takes in
     percent of the pure training time, evaluation excluded.
 
+    With --mode embedded each seed is trained a second time, from the same start on the same
+    batches, with embedded weights; its files are in OUT/embedded.
+
     Writes metrics.csv, result.json, modes.safetensors and model_cmd.safetensors (first seed),
     report.png, and the first seed's weights after each epoch in checkpoints/.
 
@@ -198,6 +242,7 @@ def train(
     Examples:
       cmd-plugin train
       cmd-plugin train --label-noise 0.2 --shrink --seeds 5 --out noisy
+      cmd-plugin train --mode embedded --embed-every 2 --seeds 1 --out embedded
       cmd-plugin train --data cifar10 --data-root DATA --model resnet18 --epochs 60 --warmup 20
     """  # noqa: D301
     from cmd_plugin.training.config import TrainConfig
@@ -225,6 +270,12 @@ def train(
         shrink=shrink,
         profile=profile,
         buffers=buffers,
+        mode=mode,
+        embed_every=embed_every,
+        embed_percent=embed_percent,
+        embed_relative=embed_relative,
+        embed_project=embed_project,
+        embed_slots=embed_slots,
         threads=threads,
         accelerator=accelerator,
     )
@@ -244,7 +295,9 @@ def train(
     if as_json:
         typer.echo(json.dumps(result.summary, indent=2, allow_nan=False))
     else:
-        _print(result)
+        from cmd_plugin.cli._train_table import print_comparison
+
+        print_comparison(result)
 
 
 @contextmanager
@@ -291,72 +344,14 @@ def _progress_bar(*, shown: bool) -> Iterator[Callable[[Progress], None] | None]
         task = bar.add_task("loading", total=None, scores="")
 
         def update(progress: Progress) -> None:
+            kind = "" if progress.training == "online" else f" {progress.training}"
             scores = "  ".join(f"{k} {s.accuracy:.3f}" for k, s in progress.scores.items())
             bar.update(
                 task,
                 completed=progress.epochs_done,
                 total=progress.epochs,
-                description=f"seed {progress.seed}, epoch {progress.epoch}",
+                description=f"seed {progress.seed}{kind}, epoch {progress.epoch}",
                 scores=scores,
             )
 
         yield update
-
-
-def _print(result: ComparisonResult) -> None:
-    from rich.console import Console
-
-    summary = result.summary
-    console = Console(highlight=False)
-    console.print(_table(summary))
-    seconds = summary["seconds"]
-    bytes_now = summary["state_bytes_per_parameter"]
-    bytes_peak = summary["peak_state_bytes_per_parameter"]
-    console.print(
-        f"CMD: {summary['modes']} modes for {summary['parameters']:,} weights, "
-        f"{summary['explained_variance']:.1%} of their movement explained"
-    )
-    console.print(
-        f"overhead: {summary['overhead_percent']:.1f} % of the training time "
-        f"({seconds['cmd']:.1f} s of {seconds['training']:.0f} s)"
-    )
-    console.print(
-        f"state: {bytes_now:.1f} bytes per parameter (during warm-up up to {bytes_peak:.1f})"
-    )
-    folder = result.folder
-    for path in (folder.result, folder.metrics, folder.modes, folder.model, folder.report):
-        console.print(f"wrote {path}", soft_wrap=True)
-
-
-def _table(summary: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    config, data = summary["config"], summary["data"]
-    seeds = config["seeds"]
-    spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ", 1 seed"
-    table = Table(
-        title=f"{config['model']} on {data['name']} after {config['epochs']} epochs{spread}",
-        title_justify="left",
-    )
-    table.add_column("weights")
-    table.add_column("accuracy (%)", justify="right")
-    table.add_column("loss", justify="right")
-    names = {
-        "raw": "raw",
-        "ema": f"EMA ({config['ema_decay']:g} a step)",
-        "swa": "SWA (last quarter)",
-        "cmd": f"CMD ({summary['modes']} modes)",
-    }
-    for name, shown in names.items():
-        accuracy = _cell(summary["accuracy"][name], summary["accuracy_std"][name], 100.0, 2)
-        loss = _cell(summary["loss"][name], summary["loss_std"][name], 1.0, 4)
-        table.add_row(shown, accuracy, loss)
-    return table
-
-
-def _cell(mean: float | None, std: float | None, factor: float, digits: int) -> str:
-    if mean is None:
-        return "not finite"
-    if std is None:
-        return f"{factor * mean:.{digits}f}"
-    return f"{factor * mean:.{digits}f} ± {factor * std:.{digits}f}"

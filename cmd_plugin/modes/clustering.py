@@ -14,7 +14,7 @@ __all__ = [
     "row_distances",
 ]
 
-_ROWS = 256  # rows of a block in row_distances: its scratch is 256 K values
+_ROWS = 128  # rows of a block in row_distances: its scratch is 128 K values
 
 
 def correlation_matrix(rows: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def row_distances(correlation: Tensor) -> np.ndarray[tuple[int], np.dtype[np.flo
         [K (K-1) / 2] float64.
     """
     count = correlation.shape[0]
-    squares = correlation.square().sum(dim=1)
+    squares = torch.linalg.vector_norm(correlation, dim=1).square()  # no second K x K matrix
     condensed = torch.empty(count * (count - 1) // 2, dtype=torch.float64)
     at = 0
     for start in range(0, count, _ROWS):

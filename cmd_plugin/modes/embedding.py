@@ -123,10 +123,13 @@ class Embedder:
     def _embed(self, tracker: Tracker) -> None:
         scale, offset = tracker.scale(shrunk=True), tracker.offset(shrunk=True)
         drift = coefficient_drift(scale, offset, self.scale, self.offset)
-        drift.masked_fill_(self.embedded, float("inf"))  # the last to be chosen, once more
+        # Coefficients that overflowed would write infinities: such a weight stays free.
+        usable = drift.isfinite()
+        # Whoever is in already comes last and is chosen once more.
+        drift.masked_fill_(self.embedded | ~usable, float("inf"))
         torch.where(self.embedded, self.scale, scale, out=self.scale)
         torch.where(self.embedded, self.offset, offset, out=self.offset)
-        self.embedded |= select_smallest(drift, self._quota())
+        self.embedded |= select_smallest(drift, self._quota()) & usable
         self.embedded[tracker.choice.members.to(self.embedded.device)] = False
         self.count = int(self.embedded.sum())
         self.events += 1

@@ -11,7 +11,13 @@ from cmd_plugin.kernels.mode_table import ModeTable
 from cmd_plugin.modes.choice import ModeChoice
 from cmd_plugin.modes.layout import Layout
 
-__all__ = ["explained_by_layer", "fit_modes", "sum_of_squares", "total_by_layer"]
+__all__ = [
+    "explained_by_layer",
+    "fit_modes",
+    "sum_in_double",
+    "sum_of_squares",
+    "total_by_layer",
+]
 
 
 def sum_of_squares(profiles: Tensor) -> Tensor:
@@ -75,7 +81,15 @@ def explained_by_layer(
 
 def total_by_layer(layout: Layout, total: Tensor) -> Tensor:
     """Return the sum of ``total`` [N] over each tensor of the layout, [L] float64."""
-    return torch.tensor(
-        [float(part.sum(dtype=torch.float64)) for part in layout.split(total).values()],
-        dtype=torch.float64,
-    )
+    sums = [sum_in_double(part) for part in layout.split(total).values()]
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def sum_in_double(values: Tensor) -> float:
+    """Return the float64 sum of a tensor, block by block.
+
+    PyTorch's own ``sum(dtype=float64)`` converts the whole tensor first, which at N weights is the
+    largest temporary of a decomposition.
+    """
+    parts = torch.split(values.reshape(-1), BLOCK)
+    return sum(float(part.sum(dtype=torch.float64)) for part in parts)

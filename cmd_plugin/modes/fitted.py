@@ -86,7 +86,7 @@ class FittedModes:
 
     @property
     def correlation(self) -> tuple[Tensor, Tensor] | None:
-        """|correlation| [K', K'] of the clustered samples, and their modes [K'].
+        """Absolute correlation [K', K'] of the clustered samples, and their modes [K'].
 
         None before the fit and after a resume.
         """

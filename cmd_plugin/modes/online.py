@@ -201,7 +201,7 @@ class OnlineModes(FittedModes):
         source: Source | None = None,
         *,
         profile: Tensor | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizers: Iterable[torch.optim.Optimizer] = (),
     ) -> int:
         """Write the embedded weights, in place, from the references' current values.
 
@@ -211,7 +211,7 @@ class OnlineModes(FittedModes):
             source: Where the weights are: None for the model given at construction, or a model, a
                 state_dict, or a flat [N] tensor.
             profile: [M] values of the modes' profiles to use instead of those in ``source``.
-            optimizer: With ``Embedding(slots="zero")``, whose slots of embedded weights are zeroed.
+            optimizers: With ``Embedding(slots="zero")``, whose slots of embedded weights to zero.
 
         Returns:
             Number of weights written; 0 before the first event.
@@ -233,7 +233,7 @@ class OnlineModes(FittedModes):
             if profile is None:
                 profile = choice.profile(self._members(view, choice.members))
             embedder.project(view, self.tracker, profile, self.layout)
-            if optimizer is not None and embedder.settings.slots == "zero":
+            for optimizer in optimizers if embedder.settings.slots == "zero" else ():
                 embedder.clear_slots(optimizer, self._source.tensors(), self.layout)
         return embedder.count
 

@@ -11,7 +11,7 @@ from typing_extensions import Required
 
 from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, reconstruct_into, update_affine
 from cmd_plugin.modes.choice import ModeChoice
-from cmd_plugin.modes.fit import explained_by_layer, sum_of_squares
+from cmd_plugin.modes.fit import explained_by_layer, sum_in_double, sum_of_squares
 from cmd_plugin.modes.layout import Layout
 
 __all__ = ["Evaluation", "Tracker"]
@@ -58,7 +58,7 @@ class Tracker:
         self.choice = choice
         self.mode, self.slope, self.mean = fit.mode, fit.scale, fit.mean
         self.total = fit.total if shrink else None
-        self.total_sum = float(fit.total.sum(dtype=torch.float64))
+        self.total_sum = sum_in_double(fit.total)
         self.count = float(profiles.shape[1])
         self.profile = profiles[:, -1].clone()
         self.profile_mean = profiles.mean(dim=1)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def run_comparison(
 ) -> ComparisonResult:
     """Train once per seed and measure raw, EMA, SWA and CMD weights after every epoch.
 
-    The training itself is that of the raw weights; the other variants watch it. CMD and SWA have no
+    The training itself is that of the raw weights; the other variants watch it. With
+    ``mode="embedded"`` each seed is trained once more, from the same start and on the same batches,
+    with weights that are embedded on the way; its files are in `out/embedded`. CMD and SWA have no
     row in metrics.csv before they start (after epoch number `warmup + 1`, and in the last quarter).
     On a CPU with an unchanged number of threads, a run that was killed and resumed ends with the
     same bits as an uninterrupted one.
@@ -97,13 +100,18 @@ def run_comparison(
         build_model(config.model, data.channels, len(data.classes), data.size)  # fails early
         folder = RunFolder(Path(out))
         folder.open(config.deciding(), resume=resume, overwrite=overwrite)
-        results = []
-        for position, seed in enumerate(config.all_seeds):
-            found = folder.finished_seed(seed)
+        places = {"online": folder, "embedded": folder.embedded}
+        if "embedded" in config.trainings:
+            place = folder.embedded
+            place.open(config.deciding(), resume=resume and place.started, overwrite=True)
+        results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in config.trainings}
+        for position, (seed, kind) in enumerate(product(config.all_seeds, config.trainings)):
+            found = places[kind].finished_seed(seed)
             if found is None:
-                found = _run_seed(config, data, folder, seed, _relay(progress, config, position))
-                folder.finish_seed(seed, found)
-            results.append(found)
+                report = _relay(progress, config, position)
+                found = _run_seed(config, data, places[kind], seed, kind, report)
+                places[kind].finish_seed(seed, found)
+            results[kind].append(found)
     summary = _summary(config, data, results, time.perf_counter() - started)
     write_report(folder, summary)
     write_json(folder.result, summary)
@@ -116,8 +124,11 @@ def _relay(
     def report(epoch: int, share: float, scores: dict[str, Score]) -> None:
         if progress is not None:
             done = position * config.epochs + epoch + share
-            total = config.seeds * config.epochs
-            progress(Progress(done, total, config.seed + position, epoch, dict(scores)))
+            total = config.seeds * len(config.trainings) * config.epochs
+            seed, kind = divmod(position, len(config.trainings))
+            training = config.trainings[kind]
+            shown = Progress(done, total, config.seed + seed, epoch, dict(scores), training)
+            progress(shown)
 
     return report
 
@@ -127,6 +138,7 @@ def _run_seed(
     data: ImageData,
     folder: RunFolder,
     seed: int,
+    kind: str,
     report: Callable[[int, float, dict[str, Score]], None],
 ) -> dict[str, Any]:
     """Train one seed, from its last checkpoint if there is one; its result as JSON types."""
@@ -145,19 +157,8 @@ def _run_seed(
     loader = make_loader(data.train, config.batch_size, shuffle_seed=seed)
     clock = TrainingClock()
     averages = WeightAverages(config.ema_decay, config.swa_start)
-    cmd = CMDCallback(
-        modes=config.modes,
-        warmup=config.warmup,
-        samples=config.samples,
-        seed=seed,
-        evaluate="raw",
-        buffers=config.buffers,  # type: ignore[arg-type]
-        profile=config.profile,  # type: ignore[arg-type]
-        shrink=config.shrink,
-        forgetting=config.forgetting,
-        # Batches of one epoch only: those of the epoch before are unknown after a resume.
-        recalibration_batches=min(8, len(loader)),
-    )
+    # Batches of one epoch only: those of the epoch before are unknown after a resume.
+    cmd = _callback(config, seed, kind, min(8, len(loader)))
     held_out = make_loader(data.test, _EVALUATION_BATCH)
     first = seed == config.seed
     recorder = Recorder(folder, held_out, clock, averages, cmd, keep_weights=first, report=report)
@@ -180,6 +181,32 @@ def _run_seed(
             epoch = trainer.current_epoch
             raise diverged("a weight is not finite", epoch, seed, config.learning_rate) from error
     return _seed_result(config, folder, seed, cmd, recorder, classifier)
+
+
+def _callback(config: TrainConfig, seed: int, kind: str, batches: int) -> CMDCallback:
+    embedding: dict[str, Any] = {}
+    if kind == "embedded":
+        embedding = {
+            "mode": "embedded",
+            "embed_every": config.embed_every,
+            "embed_percent": config.embed_percent,
+            "relative": config.embed_relative,
+            "project": config.embed_project,
+            "slots": config.embed_slots,
+        }
+    return CMDCallback(
+        modes=config.modes,
+        warmup=config.warmup,
+        samples=config.samples,
+        seed=seed,
+        evaluate="raw",
+        buffers=config.buffers,  # type: ignore[arg-type]
+        profile=config.profile,  # type: ignore[arg-type]
+        shrink=config.shrink,
+        forgetting=config.forgetting,
+        recalibration_batches=batches,
+        **embedding,
+    )
 
 
 def _prepare_resume(
@@ -240,7 +267,7 @@ def _seed_result(
         for row in folder.rows()
         if row.seed == seed and row.epoch == config.epochs - 1
     }
-    return {
+    result = {
         "seed": seed,
         "accuracy": {name: last[name].accuracy for name in VARIANTS},
         "loss": {name: _finite(last[name].loss) for name in VARIANTS},
@@ -254,6 +281,15 @@ def _seed_result(
         "cmd_seconds": recorder.cmd_seconds,
         "evaluation_seconds": recorder.evaluation_seconds,
     }
+    if cmd.embedding is not None:
+        result |= {
+            "embedded_fraction": modes.embedded_fraction,
+            "saved_percent": modes.saved_percent,
+            "volume_percent": modes.volume_percent,
+            "volume_bytes": modes.volume_bytes,
+            "full_bytes": modes.updates * modes.numel * modes.layout.state_dtype.itemsize,
+        }
+    return result
 
 
 def _finite(value: float) -> float | None:
@@ -272,20 +308,51 @@ def _deviation(values: list[float | None]) -> float | None:
     return statistics.stdev(known) if len(known) == len(values) > 1 else None
 
 
-def _summary(
-    config: TrainConfig, data: ImageData, seeds: list[dict[str, Any]], seconds: float
-) -> dict[str, Any]:
-    """The content of result.json."""
-    summary: dict[str, Any] = {}
+def _scores(seeds: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Means and deviations of all variants over the seeds."""
+    scores: dict[str, dict[str, float | None]] = {}
     for measure in ("accuracy", "loss"):
         columns = {name: [seed[measure][name] for seed in seeds] for name in VARIANTS}
-        summary[measure] = {name: _mean(values) for name, values in columns.items()}
-        summary[f"{measure}_std"] = {name: _deviation(values) for name, values in columns.items()}
-    training = sum(seed["training_seconds"] for seed in seeds)
+        scores[measure] = {name: _mean(values) for name, values in columns.items()}
+        scores[f"{measure}_std"] = {name: _deviation(values) for name, values in columns.items()}
+    return scores
+
+
+def _seconds(seeds: list[dict[str, Any]]) -> dict[str, float]:
+    kinds = ("training", "cmd", "evaluation")
+    return {kind: sum(seed[f"{kind}_seconds"] for seed in seeds) for kind in kinds}
+
+
+def _embedded_summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the embedded trainings add to result.json."""
+    first = seeds[0]
+    means = ("embedded_fraction", "saved_percent", "volume_percent", "explained_variance")
+    return {
+        **_scores(seeds),
+        **{name: _mean([seed[name] for seed in seeds]) for name in means},
+        "volume_bytes": first["volume_bytes"],
+        "full_bytes": first["full_bytes"],
+        "state_bytes_per_parameter": first["state_bytes"] / first["parameters"],
+        "seconds": _seconds(seeds),
+        "per_seed": seeds,
+    }
+
+
+def _summary(
+    config: TrainConfig, data: ImageData, results: dict[str, list[dict[str, Any]]], seconds: float
+) -> dict[str, Any]:
+    """The content of result.json."""
+    seeds = results["online"]
+    summary: dict[str, Any] = _scores(seeds)
+    if "embedded" in results:
+        embedded = summary["embedded"] = _embedded_summary(results["embedded"])
+        for measure in ("accuracy", "loss", "accuracy_std", "loss_std"):
+            summary[measure]["embedded"] = embedded[measure]["raw"]
+    spent = _seconds(seeds)
     first = seeds[0]
     return {
         **summary,
-        "overhead_percent": 100.0 * sum(seed["cmd_seconds"] for seed in seeds) / training,
+        "overhead_percent": 100.0 * spent["cmd"] / spent["training"],
         "state_bytes_per_parameter": first["state_bytes"] / first["parameters"],
         "peak_state_bytes_per_parameter": first["peak_state_bytes"] / first["parameters"],
         "parameters": first["parameters"],
@@ -293,12 +360,7 @@ def _summary(
         "modes": first["modes"],
         "explained_variance": _mean([seed["explained_variance"] for seed in seeds]),
         "per_seed": seeds,
-        "seconds": {
-            "total": seconds,
-            "training": training,
-            "cmd": sum(seed["cmd_seconds"] for seed in seeds),
-            "evaluation": sum(seed["evaluation_seconds"] for seed in seeds),
-        },
+        "seconds": {"total": seconds, **spent},
         "data": {
             "name": data.name,
             "train_images": len(data.train),  # type: ignore[arg-type]

@@ -17,6 +17,9 @@ _CHOICES = {
     "schedule": ("constant", "cosine", "step"),
     "profile": ("reference", "mean"),
     "buffers": ("model", "recalibrate", "keep"),
+    "mode": ("online", "embedded"),
+    "embed_project": ("epoch", "step", "tie"),
+    "embed_slots": ("leave", "zero"),
     "accelerator": ("cpu", "auto", "gpu", "cuda", "mps"),
 }
 
@@ -56,6 +59,14 @@ class TrainConfig:
         buffers: BatchNorm statistics of modelled weights: `recalibrate` on the last few training
             batches, `model` like weights (the authors' code), or `keep` the raw ones. Modelled ones
             cost much accuracy on small networks (`benchmarks/results/cmd_accuracy.jsonl`).
+        mode: `online` watches one training; `embedded` also trains each seed a second time, with
+            weights that are embedded on the way.
+        embed_every: Epochs between two embedding events.
+        embed_percent: Percentage of the weights that an event chooses, in (0, 100].
+        embed_relative: Whether that is of the weights still free, instead of all.
+        embed_project: When embedded weights are written, see
+            :class:`cmd_plugin.modes.Embedding`: `epoch`, `step` or `tie`.
+        embed_slots: `leave` or `zero` the optimizer's momenta of embedded weights.
         threads: CPU threads; `None` leaves torch's choice.
         accelerator: Lightning's name of the device.
 
@@ -86,6 +97,12 @@ class TrainConfig:
     shrink: bool = False
     profile: str = "reference"
     buffers: str = "recalibrate"
+    mode: str = "online"
+    embed_every: int = 5
+    embed_percent: float = 10.0
+    embed_relative: bool = False
+    embed_project: str = "epoch"
+    embed_slots: str = "leave"
     threads: int | None = None
     accelerator: str = "cpu"
 
@@ -101,7 +118,7 @@ class TrainConfig:
                 "fitted after epoch number warmup + 1."
             )
             raise InputError(message)
-        for name in ("samples", "seeds", "batch_size"):
+        for name in ("samples", "seeds", "batch_size", "embed_every"):
             self._require(name, "at least 1", getattr(self, name) >= 1)
         for name in ("train_limit", "image_size", "threads"):
             value = getattr(self, name)
@@ -111,6 +128,13 @@ class TrainConfig:
             value = getattr(self, name)
             self._require(name, "at least 0 and below 1", 0.0 <= value < 1.0)
         self._require("forgetting", "above 0 and at most 1", 0.0 < self.forgetting <= 1.0)
+        self._require("embed_percent", "above 0 and at most 100", 0.0 < self.embed_percent <= 100.0)
+        if self.mode == "embedded" and self.embed_project == "tie" and self.buffers == "model":
+            message = (
+                "--embed-project tie trains through reference weights, and BatchNorm's statistics "
+                "have no gradient: use --buffers recalibrate or keep."
+            )
+            raise InputError(message)
         decay = self.weight_decay
         self._require("weight_decay", "at least 0", decay >= 0.0 and math.isfinite(decay))
         rate = self.learning_rate
@@ -129,6 +153,11 @@ class TrainConfig:
     def swa_start(self) -> int:
         """First epoch of the equal average: the last quarter of the run."""
         return self.epochs - max(1, round(0.25 * self.epochs))
+
+    @property
+    def trainings(self) -> tuple[str, ...]:
+        """What each seed trains: `online`, and `embedded` if that is wanted."""
+        return ("online",) if self.mode == "online" else ("online", "embedded")
 
     @property
     def all_seeds(self) -> range:

@@ -11,6 +11,7 @@
     resume/config.json        options of the run
     resume/seedS/last.ckpt    everything needed to go on after the last finished epoch
     resume/seedS/done.json    the seed's result, once it is finished
+    embedded/                 the same files of the embedded trainings, if there are any
 """
 
 from __future__ import annotations
@@ -65,6 +66,16 @@ class RunFolder:
         self.checkpoints = out / "checkpoints"
         self.resume = out / "resume"
         self._config = self.resume / "config.json"
+
+    @property
+    def embedded(self) -> RunFolder:
+        """Where the files of the embedded trainings lie."""
+        return RunFolder(self.out / "embedded")
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has been started here."""
+        return self._config.exists()
 
     def seed_folder(self, seed: int) -> Path:
         """Where the state of one seed lies."""
@@ -150,6 +161,8 @@ class RunFolder:
         for folder in self.resume.glob("seed*"):
             for name in ("last.ckpt", ".last.ckpt.tmp", "done.json", "correlation.safetensors"):
                 (folder / name).unlink(missing_ok=True)
+        if self.embedded.started:
+            self.embedded._clear()
 
     # -- metrics.csv ------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ class Progress:
         seed: Seed being trained.
         epoch: Epoch being trained, from 0.
         scores: Latest scores of this seed's variants.
+        training: Which training of the seed it is, `online` or `embedded`.
     """
 
     epochs_done: float
@@ -45,6 +46,7 @@ class Progress:
     seed: int
     epoch: int
     scores: dict[str, Score]
+    training: str = "online"
 
 
 def diverged(what: str, epoch: int, seed: int, lr: float) -> InputError:

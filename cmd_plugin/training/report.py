@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -17,7 +18,6 @@ from torch import Tensor
 from cmd_plugin.modes import Decomposition
 from cmd_plugin.modes.plots import plot_correlation, plot_mode_share, plot_profiles
 from cmd_plugin.training.folder import Row, RunFolder, write_atomically
-from cmd_plugin.training.recorder import VARIANTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "ema": {"label": "EMA", "color": "#0072B2", "linestyle": "--", "linewidth": 1.6},
     "swa": {"label": "SWA", "color": "#009E73", "linestyle": "-.", "linewidth": 1.8},
     "cmd": {"label": "CMD", "color": "#D55E00", "linestyle": "-", "linewidth": 2.2},
+    "embedded": {"label": "embedded", "color": "#CC79A7", "linestyle": "-", "linewidth": 1.8},
 }
 
 
@@ -46,7 +47,14 @@ def write_report(folder: RunFolder, summary: dict[str, Any]) -> None:
     if path.exists():
         tensors = load_file(path)
         correlation = tensors["correlation"].float(), tensors["labels"]
-    figure = draw_report(folder.rows(), decomposition, correlation, summary)
+    rows = folder.rows()
+    if "embedded" in summary:
+        rows += [
+            replace(row, variant="embedded")
+            for row in folder.embedded.rows()
+            if row.variant == "raw"
+        ]
+    figure = draw_report(rows, decomposition, correlation, summary)
     write_atomically(folder.report, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
@@ -114,7 +122,7 @@ def plot_accuracy(rows: Sequence[Row], warmup: int, axes: Axes) -> None:
     seeds = sorted({row.seed for row in rows})
     last = max(row.epoch for row in rows)
     lowest, highest = 100.0, 0.0
-    for variant in VARIANTS:
+    for variant, style in _STYLES.items():
         mine = [row for row in rows if row.variant == variant]
         epochs = np.array(sorted({row.epoch for row in mine}))
         if not len(epochs):
@@ -125,36 +133,38 @@ def plot_accuracy(rows: Sequence[Row], warmup: int, axes: Axes) -> None:
             table[seeds.index(row.seed), column] = 100.0 * row.score.accuracy
         mean = np.nanmean(table, axis=0)
         marker = "o" if len(epochs) == 1 else None  # a line needs two points
-        axes.plot(epochs, mean, marker=marker, **_STYLES[variant])
+        axes.plot(epochs, mean, marker=marker, **style)
         low, high = mean, mean
         if len(seeds) > 1:
             spread = np.nanstd(table, axis=0, ddof=1)
             low, high = mean - spread, np.minimum(mean + spread, 100.0)
-            color = _STYLES[variant]["color"]
-            axes.fill_between(epochs, low, high, color=color, alpha=0.12, linewidth=0)
+            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
         seen = epochs >= (0.75 * last if variant == "ema" else warmup)
         lowest = min(lowest, *low[seen])
         highest = max(highest, *high[seen])
     margin = max(0.08 * (highest - lowest), 0.2)
-    axes.set_ylim(lowest - margin, highest + margin)
+    bottom = lowest - margin
+    axes.set_ylim(bottom, min(highest + margin, 100.0 + 0.02 * (100.0 - bottom)))
     axes.set_xlim(0, 1.015 * last)
     axes.axvspan(0, warmup, color="black", alpha=0.045, linewidth=0)
     axes.text(
         warmup / 2,
-        0.985,
+        0.015,
         "CMD warm-up",
         transform=axes.get_xaxis_transform(),
         ha="center",
-        va="top",
+        va="bottom",
         color="0.35",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.5},
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.legend(loc="best", framealpha=0.9)
+    several = any(row.variant == "embedded" for row in rows)
+    runs = "two trainings a seed" if several else "the same training runs"
     spread_note = " (mean ± std over seeds)" if len(seeds) > 1 else ""
     axes.set(
         xlabel="epoch",
         ylabel="held-out accuracy (%)",
-        title=f"Accuracy in the same training runs{spread_note}",
+        title=f"Accuracy in {runs}{spread_note}",
     )

@@ -235,13 +235,15 @@ class Measured(Toy):
 
 
 class Statistics(Counting):
-    """Keeps the BatchNorm mean that this process had at its latest snapshot."""
+    """Keeps the BatchNorm mean that this process had before and after its latest snapshot."""
 
     mean: Tensor | None = None
+    mean_after: Tensor | None = None
 
     def take_snapshot(self, trainer: Any, pl_module: Any, label: int) -> None:
         self.mean = weights_of(pl_module).get("net.1.running_mean")
         super().take_snapshot(trainer, pl_module, label)
+        self.mean_after = weights_of(pl_module).get("net.1.running_mean")
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -255,6 +257,8 @@ CASES: dict[str, dict[str, Any]] = {
         "profile": "mean",
         "storage": "fp32",
     },
+    "embedded": {"norm": True, "mode": "embedded", "embed_every": 1, "embed_percent": 25.0},
+    "tied": {"mode": "embedded", "embed_every": 1, "embed_percent": 25.0, "project": "tie"},
 }
 
 
@@ -291,6 +295,7 @@ def distributed_run(
         "state": callback.state_dict(),
         "modelled": callback.modes.reconstruct(),
         "mean": callback.mean,
+        "mean_after": callback.mean_after,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }
     trainer.test(module, loader(toy_data(24, seed=2)), verbose=False)

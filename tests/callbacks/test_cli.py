@@ -12,6 +12,7 @@ import yaml
 from callback_toys import in_namespace, toy_loader
 
 from cmd_plugin.callbacks import CMDCallback
+from cmd_plugin.modes import Embedding
 
 # Lightning calls jsonargparse in ways that its newest release deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -38,6 +39,12 @@ CONFIG: dict[str, Any] = {
                     "include": ["net.*"],
                     "every_n_steps": 7,
                     "prog_bar": True,
+                    "mode": "embedded",
+                    "embed_every": 3,
+                    "embed_percent": 20,
+                    "relative": True,
+                    "project": "step",
+                    "slots": "zero",
                 },
             }
         ],
@@ -71,6 +78,7 @@ def test_round_trip(namespace: str, tmp_path: Path) -> None:
     [callback] = [c for c in cli.trainer.callbacks if isinstance(c, CMDCallback)]
     assert (callback.number_of_modes, callback.warmup, callback.samples) == (3, 0.5, 60)
     assert (callback.include, callback.exclude, callback.every_n_steps) == (("net.*",), (), 7)
+    assert callback.embedding == Embedding(3, 20, True, "step", "zero")
     cli.trainer.fit(cli.model, toy_loader(), toy_loader(seed=2))
     assert callback.modes is not None
     assert callback.modes.ready
@@ -85,7 +93,7 @@ def test_round_trip(namespace: str, tmp_path: Path) -> None:
     for name in (
         "number_of_modes", "warmup", "samples", "seed", "every_n_epochs", "every_n_steps",
         "evaluate", "test", "storage", "store_device", "buffers", "include", "exclude", "profile",
-        "shrink", "forgetting", "checkpoint_weights", "prefix", "prog_bar",
+        "shrink", "forgetting", "checkpoint_weights", "prefix", "prog_bar", "mode", "embedding",
     ):  # fmt: skip
         assert getattr(second, name) == getattr(callback, name), name
 

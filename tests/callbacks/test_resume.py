@@ -105,6 +105,10 @@ STEPS: dict[str, Any] = {"every_n_train_steps": 4}
 LAST_STEP: dict[str, Any] = {"every_n_train_steps": 6}
 
 
+# Events after epochs 4 and 5 as well, that is, at steps 30 and 36.
+EMBEDDED: dict[str, Any] = {"mode": "embedded", "embed_every": 1, "embed_percent": 20.0}
+
+
 @pytest.mark.parametrize("at", [7, 20, 25, 32], ids=["warm-up", "before fit", "fitted", "later"])
 @pytest.mark.parametrize(
     ("keep", "options"),
@@ -114,8 +118,18 @@ LAST_STEP: dict[str, Any] = {"every_n_train_steps": 6}
         (VALIDATION_END, {"evaluate": "modelled", "checkpoint_weights": "modelled"}),
         (LAST_STEP, {"evaluate": "raw", "shrink": True, "profile": "mean", "storage": "fp32"}),
         (STEPS, {"evaluate": "modelled", "every_n_steps": 4, "checkpoint_weights": "modelled"}),
+        (STEPS, {"evaluate": "raw", **EMBEDDED, "project": "epoch"}),
+        (EPOCH_END, {"evaluate": "modelled", **EMBEDDED, "project": "tie", "buffers": "keep"}),
     ],
-    ids=["epoch end", "steps", "validation end", "last step", "step schedule"],
+    ids=[
+        "epoch end",
+        "steps",
+        "validation end",
+        "last step",
+        "step schedule",
+        "embedded",
+        "tied",
+    ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(
     tmp_path: Path, at: int, keep: dict[str, Any], options: dict[str, Any]

@@ -73,6 +73,23 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("no_picture")
+def test_embedded_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--mode", "embedded", "--embed-every", "1", "--embed-project", "tie"]
+    out = str(tmp_path / "out")
+    assert cmd_plugin("train", *QUICK, *options, "--out", out) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    # One event of 10 %, after the last of four epochs: nobody has been written yet.
+    assert "embedded (tie), own training" in printed.out
+    assert "embedded: 10.0% of the weights at the end, 2.5 % on average over the run" in printed.out
+    assert "instead of 0.9 MB" in printed.out
+    assert cmd_plugin("train", *QUICK, *options, "--out", out, "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["accuracy"]["embedded"] == summary["accuracy"]["raw"]
+    assert 0.099 < summary["embedded"]["embedded_fraction"] < 0.1001
+
+
+@pytest.mark.usefixtures("no_picture")
 def test_spread_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cmd_plugin("train", *QUICK, "--seeds", "2", "--out", str(tmp_path / "out")) == 0
     assert "mean ± std over 2 seeds" in capsys.readouterr().out
@@ -136,6 +153,8 @@ def test_interrupt_and_resume(
         (["--model", "vgg11"], "does not take 8x8 images"),
         (["--label-noise", "1"], "--label-noise must be at least 0 and below 1"),
         (["--warmup", "4"], "--epochs must be above --warmup"),
+        (["--mode", "embeded"], "--mode must be one of online, embedded, got embeded"),
+        (["--embed-percent", "0"], "--embed-percent must be above 0 and at most 100"),
         (["--train-limit", "5"], "cannot choose 5 of 1438 images"),
         (["--resume"], "holds no run to resume"),
     ],

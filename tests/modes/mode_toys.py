@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmd_plugin.modes import Layout, OnlineModes
+from cmd_plugin.modes import Embedding, Layout, OnlineModes
+from cmd_plugin.modes.layout import find_weights
+
+EMBEDDING_OPTIONS: dict[str, Any] = {"modes": 3, "warmup": 4, "samples": 60}
 
 
 def generator(seed: int) -> torch.Generator:
@@ -155,6 +158,38 @@ def fitted(model: nn.Module | None = None, epochs: int = 7, **options: Any) -> O
     modes = OnlineModes(model, **settings)
     model.train()
     training(model, modes, epochs)
+    return modes
+
+
+def momentum_sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def flat_weights(model: nn.Module, modes: OnlineModes) -> Tensor:
+    tensors = find_weights(modes.layout, model, "the model").values()
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def on_the_line(modes: OnlineModes, weights: Tensor) -> Tensor:
+    """a r + b for every weight, with r as it is in ``weights``."""
+    return modes.scale * weights[modes.references][modes.assignment.long()] + modes.offset
+
+
+def train_embedded(net: nn.Module, modes: OnlineModes, epochs: int, start: int = 0) -> None:
+    optimizer = momentum_sgd(net)
+    for epoch in range(start, start + epochs):
+        torch.manual_seed(epoch)
+        train_step(net, optimizer, epoch)
+        modes.project()
+        modes.update()
+
+
+def embedding_run(net: nn.Module, epochs: int = 14, **options: Any) -> OnlineModes:
+    """A network with about half of its weights embedded."""
+    settings = {"embedding": Embedding(3, 20), **EMBEDDING_OPTIONS, **options}
+    modes = OnlineModes(net, **settings)
+    net.train()
+    train_embedded(net, modes, epochs)
     return modes
 
 
