@@ -7,5 +7,6 @@ if __name__ != "cmd_plugin.callbacks":
     )
 
 from cmd_plugin.callbacks.cmd import CMDCallback
+from cmd_plugin.callbacks.point_importance import PointImportanceMonitor
 
-__all__ = ["CMDCallback"]
+__all__ = ["CMDCallback", "PointImportanceMonitor"]

@@ -12,7 +12,16 @@ from types import ModuleType
 
 __all__ = ["__version__"]
 
-_ROOMS = ("callbacks", "data", "errors", "federated", "kernels", "modes", "training")
+_ROOMS = (
+    "callbacks",
+    "data",
+    "errors",
+    "federated",
+    "kernels",
+    "modes",
+    "pointcloud",
+    "training",
+)
 
 try:
     __version__ = metadata.version("cmd-plugin")

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
+from cmd_plugin.kernels.flat_view import FlatView
 
-__all__ = ["require_state"]
+__all__ = ["require_backup", "require_pair", "require_state", "require_vector"]
 
 
 def require_state(
@@ -16,6 +17,7 @@ def require_state(
     mode: Tensor,
     arrays: dict[str, Tensor | None],
     tables: dict[str, Tensor | None],
+    device: torch.device | None = None,
 ) -> None:
     """Raise ShapeError unless all arguments fit N weights.
 
@@ -24,15 +26,51 @@ def require_state(
         dtype: Dtype the arrays must have.
         mode: Must be [N] uint8.
         arrays: Must be [N] of ``dtype``, by name.
-        tables: Must be one value per mode, [M], M in 1..256, by name.
+        tables: Must be one value per mode, [M], M in 1..256, by name; on any device.
+        device: Where mode and arrays must be; None means where ``mode`` is.
     """
     if mode.shape != (numel,) or mode.dtype != torch.uint8:
         raise ShapeError(f"mode must be [{numel}] uint8, got {tuple(mode.shape)} {mode.dtype}.")
+    if not mode.is_contiguous():
+        raise ShapeError(f"mode must be contiguous, got strides {mode.stride()}.")
+    place = mode.device if device is None else device
+    if mode.device != place:
+        raise ShapeError(f"mode must be on {place}, where the weights are, not on {mode.device}.")
     for name, array in arrays.items():
-        if array is not None and (array.shape != (numel,) or array.dtype != dtype):
-            raise ShapeError(
-                f"{name} must be [{numel}] {dtype}, got {tuple(array.shape)} {array.dtype}."
-            )
+        require_vector(name, array, numel, dtype, place)
     for name, table in tables.items():
         if table is not None and (table.ndim != 1 or not 1 <= len(table) <= 256):
             raise ShapeError(f"{name} must be [M], M in 1..256, got {tuple(table.shape)}.")
+
+
+def require_vector(
+    name: str, array: Tensor | None, numel: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ShapeError unless an array, if there is one, is contiguous [N] here."""
+    if array is None:
+        return
+    if array.shape != (numel,) or array.dtype != dtype:
+        raise ShapeError(
+            f"{name} must be [{numel}] {dtype}, got {tuple(array.shape)} {array.dtype}."
+        )
+    if not array.is_contiguous():
+        raise ShapeError(f"{name} must be contiguous, got strides {array.stride()}.")
+    if array.device != device:
+        raise ShapeError(f"{name} must be on {device}, where the weights are, not {array.device}.")
+
+
+def require_pair(total: Tensor | None, energy: Tensor | None) -> None:
+    """Raise ShapeError if only one of the two arguments that shrink is given."""
+    if (total is None) != (energy is None):
+        raise ShapeError("total and energy are given together or not at all.")
+
+
+def require_backup(weights: FlatView, backup: FlatView) -> None:
+    """Raise ShapeError unless a backup has the weights' shapes, dtypes and device."""
+    ours = [(t.shape, t.dtype, t.device) for t in weights.tensors]
+    theirs = [(t.shape, t.dtype, t.device) for t in backup.tensors]
+    if ours != theirs:
+        raise ShapeError(
+            "backup must have the weights' shapes, dtypes and device: make it with "
+            "weights.empty_like()."
+        )

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
+from cmd_plugin.kernels.pointer_table import PointerTable
 
-__all__ = ["BLOCK", "FlatView"]
+__all__ = ["BLOCK", "FlatView", "Weights", "as_view", "tensors_of"]
 
 # 256 Ki float32 values: large enough that the cost of launching an operation (some microseconds)
 # vanishes, small enough that the two or three scratch vectors of a kernel stay in the last-level
@@ -23,6 +27,8 @@ __all__ = ["BLOCK", "FlatView"]
 BLOCK = 1 << 18
 
 _Piece = tuple[Tensor, int, int]
+_Place = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+_Integers = np.ndarray[Any, Any]
 
 
 class FlatView:
@@ -69,6 +75,10 @@ class FlatView:
         self._pieces: list[list[_Piece]] = [[] for _ in range(-(-self.numel // block))]
         self._views: list[list[Tensor] | None] = []
         self._packed: FlatView | None = None
+        self._contiguous: list[_Piece] | None = None
+        self._places: tuple[Tensor, list[_Place]] | None = None
+        self._addresses: tuple[_Integers, _Integers] | None = None
+        self._table: PointerTable | None = None
         self._plan()
 
     def _plan(self) -> None:
@@ -90,6 +100,27 @@ class FlatView:
                 if tensor.is_contiguous() and tensor.dtype == self.dtype
             ]
             self._views.append(views if len(views) == len(pieces) else None)
+        if all(views is not None for views in self._views):
+            start = 0
+            self._contiguous = []
+            for view in (view for views in self._views for view in views or ()):
+                self._contiguous.append((view, start, start + view.numel()))
+                start += view.numel()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors themselves, detached: what operators on lists of tensors are given."""
+        return self._tensors
+
+    def empty_like(self) -> FlatView:
+        """Return a view of new, uninitialised tensors of the same shapes, dtypes and strides."""
+        return FlatView([torch.empty_like(t) for t in self._tensors], self.block, self.dtype)
+
+    def pointer_table(self) -> PointerTable:
+        """Return where every block of weights lies, for kernels that read all of them at once."""
+        if self._table is None:
+            self._table = PointerTable(self._tensors)
+        return self._table
 
     def is_current(self, tensors: Sequence[Tensor]) -> bool:
         """Whether this view still addresses these tensors: the same storage in the same order."""
@@ -137,20 +168,32 @@ class FlatView:
             at += b - a
         return scratch[:at]
 
-    def pieces(self) -> list[tuple[Tensor, int, int]] | None:
+    @cached_property
+    def addressable(self) -> bool:
+        """Whether :meth:`pointer_table` can describe all tensors."""
+        return all(PointerTable.addressable(tensor) for tensor in self._tensors)
+
+    def pieces(self) -> list[_Piece] | None:
         """Return (values [n], start, stop) of the pieces that blocks are made of, all views.
 
         None if some tensor is not contiguous or of another dtype and would have to be copied.
         """
-        pieces: list[tuple[Tensor, int, int]] = []
-        start = 0
-        for views in self._views:
-            if views is None:
-                return None
-            for view in views:
-                pieces.append((view, start, start + view.numel()))
-                start += view.numel()
-        return pieces
+        return self._contiguous
+
+    def addresses(self) -> tuple[_Integers, _Integers]:
+        """Return (address of each piece [P] uint64, its flat position and N [P + 1] int64).
+
+        Raises:
+            ShapeError: If :meth:`pieces` is None.
+        """
+        if self._contiguous is None:
+            raise ShapeError("only contiguous tensors of the view's dtype have addresses.")
+        if self._addresses is None:
+            self._addresses = (
+                np.array([values.data_ptr() for values, _, _ in self._contiguous], np.uint64),
+                np.array([start for _, start, _ in self._contiguous] + [self.numel], np.int64),
+            )
+        return self._addresses
 
     def write(self, number: int, values: Tensor, where: Tensor | None = None) -> None:
         """Write [n] values into the tensors of a block, in place, rounding to their dtypes.
@@ -177,7 +220,8 @@ class FlatView:
         """Return the values at flat positions ``indices`` [K] int64, CPU, as float64 on the CPU."""
         out = torch.empty(indices.numel(), dtype=torch.float64)
         for tensor, chosen, where in self._located(indices):
-            out[chosen] = tensor[where].double().cpu()
+            values = tensor.index_select(0, where[0]) if len(where) == 1 else tensor[where]
+            out.index_copy_(0, chosen, values.to("cpu", torch.float64))
         return out
 
     def put(self, indices: Tensor, values: Tensor) -> None:
@@ -185,12 +229,20 @@ class FlatView:
         for tensor, chosen, where in self._located(indices):
             tensor[where] = values[chosen].to(self.device, tensor.dtype)
 
-    def _located(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
-        """Yield each tensor that holds some of the positions, which ones [K] bool, and where."""
+    def _located(self, indices: Tensor) -> list[_Place]:
+        """Return each tensor that holds some of the positions, which ones [k], and where.
+
+        The last answer is kept: an update asks for the same positions every time.
+        """
+        if self._places is None or self._places[0] is not indices:
+            self._places = (indices, list(self._locate(indices)))
+        return self._places[1]
+
+    def _locate(self, indices: Tensor) -> Iterator[_Place]:
         owner = torch.searchsorted(self._starts, indices, right=True) - 1
         for index in sorted(set(owner.tolist())):
             tensor = self._tensors[index]
-            chosen = owner == index
+            chosen = (owner == index).nonzero()[:, 0]
             inside = (indices[chosen] - self._starts[index]).to(self.device)
             if tensor.is_contiguous():
                 yield tensor.view(-1), chosen, (inside,)
@@ -199,13 +251,17 @@ class FlatView:
 
     def count_non_finite(self) -> int:
         """Return how many values are NaN or infinite, in one pass without a temporary of size N."""
+        if self.device.type != "cpu":
+            # One launch for all tensors and one answer to wait for. A norm is finite unless a value
+            # is not (or it overflows): the exact count is only taken then.
+            norms = torch._foreach_norm([t for t in self._tensors if t.numel()])
+            if not norms or bool(torch.isfinite(torch.stack([n.double() for n in norms])).all()):
+                return 0
         scratch = self.scratch()
         count = 0
         for number, _, _ in self.blocks():
             for values in self._views[number] or [self.read(number, scratch)]:
-                # The sum is finite unless a value is not (or it overflows): the exact count is
-                # only taken then.
-                if not math.isfinite(values.sum().item()):
+                if not math.isfinite(values.sum().item()):  # likewise
                     count += int((~torch.isfinite(values)).sum())
         return count
 
@@ -217,6 +273,21 @@ class FlatView:
             if len(bad):
                 return start + int(bad[0, 0])
         return None
+
+
+Weights = FlatView | Sequence[Tensor]
+
+
+def as_view(weights: Weights, dtype: torch.dtype | None = None) -> FlatView:
+    """Return the weights a kernel was given as a flat view: itself, or one of its tensors."""
+    return weights if isinstance(weights, FlatView) else FlatView(weights, dtype=dtype)
+
+
+def tensors_of(weights: Weights) -> list[Tensor]:
+    """Return the weights a kernel was given as a list of tensors, for its custom operator."""
+    if isinstance(weights, FlatView):
+        return weights.tensors
+    return [tensor.detach() for tensor in weights]
 
 
 def _write(target: Tensor, values: Tensor, mask: Tensor | None) -> None:

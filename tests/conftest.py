@@ -19,6 +19,9 @@ from hypothesis import settings
 settings.register_profile(
     "ci", derandomize=True, database=None, deadline=None, max_examples=50, print_blob=True
 )
+settings.register_profile(
+    "interpret", derandomize=True, database=None, deadline=None, max_examples=8, print_blob=True
+)
 settings.register_profile("dev", deadline=None, max_examples=100)
 settings.register_profile("deep", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -195,7 +195,7 @@ def test_the_package_itself_is_light(unpacked: Path, tmp_path: Path) -> None:
     assert not {"torch", "numpy", *FOREIGN} & loaded_by("cmd_plugin", unpacked, tmp_path)
 
 
-@pytest.mark.parametrize("room", ["modes", "kernels"])
+@pytest.mark.parametrize("room", ["modes", "kernels", "pointcloud"])
 def test_methods_import_no_framework_beyond_torch(
     room: str, unpacked: Path, tmp_path: Path
 ) -> None:

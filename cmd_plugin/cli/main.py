@@ -12,6 +12,7 @@ import typer
 from cmd_plugin import __version__
 from cmd_plugin.cli.decompose import decompose
 from cmd_plugin.cli.federated import app as federated
+from cmd_plugin.cli.points import points
 from cmd_plugin.cli.train import train
 from cmd_plugin.errors import InputError, MissingDependency, PluginError
 
@@ -45,7 +46,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Correlation modes of training dynamics: train with them, or find them in finished runs.
+    """Instruments for training runs and trained networks.
 
     \b
     Example, about a minute, nothing to download:
@@ -61,6 +62,7 @@ def _options(
 app.command("train")(train)
 app.command("decompose")(decompose)
 app.add_typer(federated)
+app.add_typer(points)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from cmd_plugin.errors import InputError
+from cmd_plugin.kernels import FlatView, swap_out
+from cmd_plugin.modes.tracker import Tracker
 
-__all__ = ["keep_tensors", "recalibrated", "statistics_of"]
+__all__ = ["keep_tensors", "modelled", "recalibrated", "statistics_of"]
 
 
 def statistics_of(model: nn.Module) -> list[Tensor]:
@@ -35,6 +37,30 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for tensor, backup in kept:
                 tensor.detach().copy_(backup)
+
+
+@contextmanager
+def modelled(weights: FlatView, tensors: Sequence[Tensor], tracker: Tracker) -> Iterator[None]:
+    """Write the modelled weights into a model; on exit the raw ones are back, bit for bit.
+
+    Args:
+        weights: A view of the model's weights.
+        tensors: The tensors it was made of. If the body moves or converts them, the raw weights
+            go where they are then.
+        tracker: The modes.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        backup = weights.empty_like()
+        tracker.swap_in(weights, backup)
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False), torch.no_grad():
+            if weights.is_current(tensors):
+                swap_out(weights, backup)
+            else:
+                for tensor, kept in zip(tensors, backup.tensors, strict=True):
+                    tensor.detach().copy_(kept)
 
 
 @contextmanager

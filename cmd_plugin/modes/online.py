@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmd_plugin.errors import NonFiniteError, PluginError, StateMismatch
+from cmd_plugin.errors import PluginError, StateMismatch
 from cmd_plugin.kernels import FlatView
 from cmd_plugin.modes.choice import ModeChoice
 from cmd_plugin.modes.embedding import Embedder, check_embedding
-from cmd_plugin.modes.exchange import keep_tensors, recalibrated, statistics_of
+from cmd_plugin.modes.exchange import keep_tensors, modelled, recalibrated, statistics_of
 from cmd_plugin.modes.fitted import FittedModes
 from cmd_plugin.modes.layout import Layout, check_buffers, find_weights
 from cmd_plugin.modes.sampling import sample_weights
 from cmd_plugin.modes.settings import Embedding, Settings
-from cmd_plugin.modes.source import Source, WeightSource, find_non_finite
+from cmd_plugin.modes.source import Source, WeightSource, diverged
 from cmd_plugin.modes.tracker import Tracker
 from cmd_plugin.modes.warmup import WarmUp
 
@@ -132,7 +132,8 @@ class OnlineModes(FittedModes):
                 updates.
 
         Raises:
-            NonFiniteError: If a weight is NaN or infinite; the state stays as it was.
+            NonFiniteError: If a weight is NaN or infinite (or so large that its square is); the
+                modes stay as they were, up to rounding.
             StateMismatch: If the source has other tensors than the layout.
             PluginError: If called inside :meth:`swap`, when the model does not hold its own
                 weights.
@@ -142,21 +143,18 @@ class OnlineModes(FittedModes):
         # State made under inference_mode (Lightning validates in it) could not be changed in place
         # later.
         with torch.inference_mode(False), torch.no_grad():
-            view = self._read(source).packed()
-            bad, where = find_non_finite(view, self.layout)
-            if bad:
-                raise NonFiniteError(
-                    f"{bad} of {self.numel} weights are NaN or infinite at snapshot "
-                    f"{self.updates}, {where}: the training diverged; the modes keep what they "
-                    "knew before."
-                )
+            view = self._read(source)
             number = self.updates if label is None else label
-            self.updates += 1
-            if self._tracker is not None:
+            if self._tracker is None:
+                finite = not view.count_non_finite()
+            else:  # in one pass with the update, which takes itself back
                 members = self._members(view, self._tracker.choice.members)
-                self._tracker.update(view, members, number)
-                if self._embedder is not None:
-                    self._embedder.advance(self._tracker)
+                finite = self._tracker.update(view, members, number)
+            if not finite:
+                raise diverged(view, self.layout, self.updates)
+            self.updates += 1
+            if self._embedder is not None and self._tracker is not None:
+                self._embedder.advance(self._tracker)
             elif self._choice is None:
                 self._warm_up(view, number)
 
@@ -307,11 +305,11 @@ class OnlineModes(FittedModes):
         with torch.inference_mode(False), torch.no_grad():
             view = self._read(target)
             tensors = find_weights(self.layout, target, "the model")
-        with keep_tensors([*tensors.values(), *statistics_of(target)]):
+        raw = list(tensors.values())
+        with keep_tensors(statistics_of(target)), modelled(view, raw, tracker):
             self._swapped = True
             try:
                 with torch.no_grad():
-                    tracker.reconstruct_into(view)
                     if self._embedder is not None:
                         self._embedder.write(view, tracker)
                     for name in self.layout.names:

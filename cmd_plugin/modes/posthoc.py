@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
-from cmd_plugin.kernels import FlatView
+from cmd_plugin.kernels import FlatView, reconstruct
 from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
 from cmd_plugin.modes.checkpoints import find_checkpoints, read_checkpoint
 from cmd_plugin.modes.choice import check_modes, check_profile, choose_modes, moving_rows
@@ -108,8 +108,9 @@ def decompose(
     total = total_by_layer(layout, fit.total)
     scale = fit.scale
     if shrink:
-        share = scale.square() * squares.to(scale.dtype).to(scale.device)[fit.mode.long()]
-        scale = scale * share.div_(fit.total).nan_to_num_(0.0).clamp_(0.0, 1.0)
+        # rho^2 scale is the model's movement at a profile one unit from its mean.
+        still, unit = torch.zeros_like(scale), torch.ones_like(squares)
+        scale = reconstruct(fit.mode, scale, still, unit, total=fit.total, energy=squares)
     return Decomposition(
         layout=layout,
         samples=chosen,

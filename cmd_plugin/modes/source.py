@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from cmd_plugin.errors import PluginError, ShapeError
+from cmd_plugin.errors import NonFiniteError, PluginError, ShapeError
 from cmd_plugin.kernels import FlatView
 from cmd_plugin.modes.layout import Layout, clean_name, find_weights
 
-__all__ = ["Source", "WeightSource", "find_non_finite"]
+__all__ = ["Source", "WeightSource", "diverged", "find_non_finite"]
 
 Source = nn.Module | Mapping[str, Tensor] | Tensor
 
@@ -104,3 +104,14 @@ def find_non_finite(view: FlatView, layout: Layout) -> tuple[int, str]:
         return 0, ""
     name, inside = layout.locate(first)
     return bad, f"the first in {name!r} at position {inside}"
+
+
+def diverged(view: FlatView, layout: Layout, snapshot: int) -> NonFiniteError:
+    """Return the error for a snapshot that online CMD cannot take in."""
+    bad, where = find_non_finite(view, layout)
+    what = (
+        f"{bad} of {layout.numel} weights are NaN or infinite at snapshot {snapshot}, {where}"
+        if bad
+        else f"weights are so large that their squares overflow at snapshot {snapshot}"
+    )
+    return NonFiniteError(f"{what}: the training diverged; the modes keep what they knew before.")

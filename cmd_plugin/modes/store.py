@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.kernels import FlatView
+from cmd_plugin.kernels import FlatView, snapshot_delta
 
 __all__ = ["STORAGES", "TrajectoryStore", "check_storage"]
 
@@ -58,9 +58,9 @@ class TrajectoryStore:
         self._base: Tensor | None = None
         if storage == "delta-bf16":
             self._base = torch.empty(numel, dtype=dtype, device=device)
-            self._snapshots = torch.empty(capacity - 1, numel, dtype=torch.bfloat16, device=device)
+            self._snapshots = _rows(capacity - 1, numel, torch.bfloat16, torch.device(device))
         else:
-            self._snapshots = torch.empty(capacity, numel, dtype=dtype, device=device)
+            self._snapshots = _rows(capacity, numel, dtype, torch.device(device))
 
     @property
     def rows(self) -> Tensor:
@@ -90,22 +90,12 @@ class TrajectoryStore:
             weights: The N weights.
             rows: [K] float64 values of the sampled weights.
         """
-        target: Tensor
-        if self._base is None:
-            target = self._snapshots[self.count]
-        elif self.count == 0:
+        deltas = self._base is not None and self.count > 0
+        if self._base is not None and not deltas:
             target = self._base
         else:
-            target = self._snapshots[self.count - 1]
-        deltas = self._base is not None and self.count > 0
-        scratch = weights.scratch()
-        difference = weights.scratch() if deltas else scratch
-        for number, start, stop in weights.blocks():
-            values = weights.read(number, scratch)
-            if deltas and self._base is not None:
-                base = self._base[start:stop].to(values.device, non_blocking=True)
-                values = torch.sub(values, base, out=difference[: stop - start])
-            target[start:stop].copy_(values)
+            target = self._snapshots[self.count - deltas]
+        snapshot_delta(weights, self._base if deltas else None, out=target)
         self._rows[self.count] = rows
         self.count += 1
 
@@ -126,3 +116,9 @@ class TrajectoryStore:
             self.trajectory.copy_(state["snapshots"])
             if self._base is not None:
                 self._base.copy_(state["base"])
+
+
+def _rows(count: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return uninitialised [count, N]; on a GPU, rows begin where 16 bytes can be read at once."""
+    padding = 0 if device.type == "cpu" else -numel % 16
+    return torch.empty(count, numel + padding, dtype=dtype, device=device)[:, :numel]

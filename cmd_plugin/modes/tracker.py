@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Required
 
-from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, reconstruct_into, update_affine
+from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, swap_in, update_affine
 from cmd_plugin.modes.choice import ModeChoice
 from cmd_plugin.modes.fit import explained_by_layer, sum_in_double, sum_of_squares
 from cmd_plugin.modes.layout import Layout
@@ -89,23 +90,30 @@ class Tracker:
         )
         self.total = None if self.total is None else self.total.to(device)
 
-    def update(self, weights: FlatView, members: Tensor, label: int) -> None:
-        """Take a new snapshot in.
+    def update(self, weights: FlatView, members: Tensor, label: int) -> bool:
+        """Take a new snapshot in, unless a weight is not finite.
 
         Args:
             weights: The N weights.
             members: [P] float64 values of the weights that make the profiles.
             label: Its number in the history.
+
+        Returns:
+            Whether it was taken in; if not, the state is what it was, up to rounding.
         """
+        if not bool(members.isfinite().all()):
+            return False
         profile = self.choice.profile(members)
         step = profile - self.profile_mean
         keep = self.forgetting
         count = keep * self.count + 1.0
         blend = 1.0 / count
         gain = step * (1.0 - blend) / self.unit
-        squares = update_affine(
-            weights, self.mode, self.slope, self.mean, gain, blend, keep, self.total
+        squares = float(
+            update_affine(weights, self.mode, self.slope, self.mean, gain, blend, keep, self.total)
         )
+        if not isfinite(squares):
+            return False
         self.total_sum = keep * self.total_sum + (1.0 - blend) * squares
         self.profile_mean = self.profile_mean + step * blend
         self.squares = keep * self.squares + step.square() * (1.0 - blend)
@@ -113,6 +121,7 @@ class Tracker:
         if self.follows_references:
             self._pin()
         self._remember(profile, label)
+        return True
 
     def _pin(self) -> None:
         """Keep the references' own coefficients exact: scale 1, mean that of the profile."""
@@ -171,9 +180,9 @@ class Tracker:
             weights[at] = self.profile.to(weights.device, weights.dtype)
         return weights
 
-    def reconstruct_into(self, weights: FlatView) -> None:
-        """Write the modelled weights of the last snapshot into ``weights``, in place."""
-        reconstruct_into(weights, self.mode, self.slope, self.mean, **self.evaluation())
+    def swap_in(self, weights: FlatView, backup: FlatView) -> None:
+        """Copy ``weights`` to ``backup``; write the modelled ones of the last snapshot in place."""
+        swap_in(weights, backup, self.mode, self.slope, self.mean, **self.evaluation())
         if self.follows_references:
             weights.put(self.choice.references, self.profile)
 

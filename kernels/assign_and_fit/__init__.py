@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
+from cmd_plugin.kernels._dispatch import Backend, choose
 from cmd_plugin.kernels.assign_and_fit import _blocked
 from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
 
@@ -32,7 +33,12 @@ class AffineFit(NamedTuple):
     total: Tensor
 
 
-def assign_and_fit(trajectory: Tensor, profiles: Tensor, base: Tensor | None = None) -> AffineFit:
+def assign_and_fit(
+    trajectory: Tensor,
+    profiles: Tensor,
+    base: Tensor | None = None,
+    backend: Backend = "auto",
+) -> AffineFit:
     r"""Assign each weight to the mode it correlates with most, and fit it by least squares.
 
     .. math:: m(i) = \arg\max_m |corr(w_i, r_m)|, \qquad
@@ -43,11 +49,16 @@ def assign_and_fit(trajectory: Tensor, profiles: Tensor, base: Tensor | None = N
     movement costs no accuracy. A row whose sum of squared deviations is at most
     ``T (4 u max|w|)^2`` (u the unit roundoff of the weights' dtype) is constant: mode 0, scale 0.
 
+    Everything is computed in the dtype of the result, products in IEEE float32 or float64; the
+    trajectories are read once from memory, T values and the 13 bytes of the result a weight.
+
     Args:
         trajectory: [T, N] weights over time; or, with ``base``, [T-1, N] differences of the later
             snapshots to ``base``.
         profiles: [M, T] float64 trajectories of the modes, M in 1..256, none constant.
         base: [N] first snapshot, when ``trajectory`` holds differences.
+        backend: See :func:`cmd_plugin.kernels.update_affine`; the compiled CPU path takes float32,
+            bfloat16 and float64 trajectories.
 
     Returns:
         Mode, scale, mean and total, each [N]; float64 when the weights are float64, else float32.
@@ -56,8 +67,11 @@ def assign_and_fit(trajectory: Tensor, profiles: Tensor, base: Tensor | None = N
     Raises:
         ShapeError: If shapes do not fit, or the weights' dtype is not one of float64, float32,
             float16 and bfloat16.
-        InputError: If a profile is constant.
+        InputError: If a profile is constant, or ``backend`` cannot address these tensors.
+        MissingDependency: If ``backend`` needs a package that is not installed.
     """
+    if torch.compiler.is_compiling():
+        return AffineFit(*_operator(trajectory, profiles, base, backend))
     if trajectory.ndim != 2 or not trajectory.shape[1]:
         raise ShapeError(f"trajectory must be [T, N], got shape {tuple(trajectory.shape)}.")
     snapshots = trajectory.shape[0] + (base is not None)
@@ -66,18 +80,76 @@ def assign_and_fit(trajectory: Tensor, profiles: Tensor, base: Tensor | None = N
         raise ShapeError(
             f"profiles must be [M, {snapshots}] with M in 1..256, got {tuple(profiles.shape)}."
         )
-    if base is not None and base.shape != (numel,):
-        raise ShapeError(f"base must be [{numel}], got {tuple(base.shape)}.")
+    if base is not None and (base.shape != (numel,) or base.device != trajectory.device):
+        raise ShapeError(
+            f"base must be [{numel}] on {trajectory.device}, got {tuple(base.shape)} on "
+            f"{base.device}."
+        )
     if bool((profiles == profiles[:, :1]).all(dim=1).any()):
         raise InputError("a profile is constant over time, so nothing can be fitted to it.")
     source = trajectory if base is None else base
     if source.dtype not in UNIT_ROUNDOFF:
         raise ShapeError(f"weights of {source.dtype} cannot be fitted: convert them to float32.")
-    dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
-    device = trajectory.device
-    fit = AffineFit(
-        torch.empty(numel, dtype=torch.uint8, device=device),
-        *(torch.empty(numel, dtype=dtype, device=device) for _ in range(3)),
+    fit = _allocate(trajectory, base)
+    chosen = choose(
+        "assign_and_fit",
+        backend,
+        trajectory.device,
+        numel,
+        numba=trajectory.device.type == "cpu" and _compilable(trajectory, base, fit.mean.dtype),
     )
-    _blocked.assign_and_fit(trajectory, profiles, base, fit)
+    if chosen == "triton":
+        from cmd_plugin.kernels.assign_and_fit import _triton
+
+        _triton.assign_and_fit(trajectory, profiles, base, fit)
+    elif chosen == "numba":
+        from cmd_plugin.kernels.assign_and_fit import _numba
+
+        _numba.assign_and_fit(trajectory, profiles, base, fit)
+    else:
+        _blocked.assign_and_fit(trajectory, profiles, base, fit)
     return fit
+
+
+def _allocate(trajectory: Tensor, base: Tensor | None) -> AffineFit:
+    source = trajectory if base is None else base
+    dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+    numel = trajectory.shape[1]
+    return AffineFit(
+        trajectory.new_empty(numel, dtype=torch.uint8),
+        trajectory.new_empty(numel, dtype=dtype),
+        trajectory.new_empty(numel, dtype=dtype),
+        trajectory.new_empty(numel, dtype=dtype),
+    )
+
+
+def _compilable(trajectory: Tensor, base: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the compiled path reads these dtypes."""
+    first = base is None or (base.dtype == dtype and base.is_contiguous())
+    widened = trajectory.dtype == torch.bfloat16 and dtype == torch.float32
+    return first and (trajectory.dtype == dtype or widened)
+
+
+def _run(
+    trajectory: Tensor, profiles: Tensor, base: Tensor | None, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return assign_and_fit(trajectory, profiles, base, backend)
+
+
+_operator = torch.library.custom_op(
+    "cmd_plugin::assign_and_fit",
+    _run,
+    mutates_args=(),
+    schema="(Tensor trajectory, Tensor profiles, Tensor? base, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_operator.register_fake
+def _fake(
+    trajectory: Tensor,
+    profiles: Tensor,  # noqa: ARG001 the operator's signature
+    base: Tensor | None,
+    backend: Backend,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _allocate(trajectory, base)

@@ -1,4 +1,4 @@
-"""The specification of :func:`cmd_plugin.kernels.assign_and_fit`: plain float64 PyTorch."""
+"""The specification of :func:`cmd_plugin.kernels.assign_and_fit`: plain PyTorch, in float64."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ UNIT_ROUNDOFF = {
 
 
 def assign_and_fit(
-    trajectory: Tensor, profiles: Tensor, base: Tensor | None = None
+    trajectory: Tensor,
+    profiles: Tensor,
+    base: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`cmd_plugin.kernels.assign_and_fit`; computes in float64."""
+    """See :func:`cmd_plugin.kernels.assign_and_fit`; ``dtype`` is what it computes in."""
     if base is not None:
-        zero = torch.zeros_like(trajectory[:1], dtype=torch.float64)
-        rows = torch.cat([zero, trajectory.double()]) + base.double()
+        zero = torch.zeros_like(trajectory[:1], dtype=dtype)
+        rows = torch.cat([zero, trajectory.to(dtype)]) + base.to(dtype)
         roundoff = UNIT_ROUNDOFF[base.dtype]
     else:
-        rows = trajectory.double()
+        rows = trajectory.to(dtype)
         roundoff = UNIT_ROUNDOFF[trajectory.dtype]
     snapshots = rows.shape[0]
     mean = rows.mean(dim=0)
@@ -33,7 +36,7 @@ def assign_and_fit(
     total = centred.square().sum(dim=0)
     constant = total <= snapshots * (4 * roundoff * mean).square()
 
-    reference = profiles.double()
+    reference = profiles.to(dtype)
     reference = reference - reference.mean(dim=1, keepdim=True)
     norm = reference.norm(dim=1, keepdim=True)
     products = (reference / norm) @ centred  # rho * |centred row|

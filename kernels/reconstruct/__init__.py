@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
-from cmd_plugin.kernels._checks import require_state
-from cmd_plugin.kernels.flat_view import BLOCK, FlatView
-from cmd_plugin.kernels.reconstruct._blocked import BlockReconstructor
+from cmd_plugin.kernels._checks import require_pair, require_state
+from cmd_plugin.kernels._dispatch import Backend, choose
+from cmd_plugin.kernels.flat_view import Weights, as_view, tensors_of
+from cmd_plugin.kernels.reconstruct import _blocked
 
 __all__ = ["reconstruct", "reconstruct_into"]
-
-
-def _reconstructor(
-    mode: Tensor,
-    slope: Tensor,
-    mean: Tensor,
-    step: Tensor,
-    block: int,
-    total: Tensor | None,
-    energy: Tensor | None,
-) -> BlockReconstructor:
-    arrays = {"slope": slope, "mean": mean, "total": total}
-    require_state(mean.numel(), mean.dtype, mode, arrays, {"step": step, "energy": energy})
-    if (total is None) != (energy is None):
-        raise ShapeError("total and energy are given together or not at all.")
-    return BlockReconstructor(mode, slope, mean, step, block, total, energy)
 
 
 def reconstruct(
@@ -38,12 +25,14 @@ def reconstruct(
     total: Tensor | None = None,
     energy: Tensor | None = None,
     out: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Return the modelled weights of one snapshot.
 
     .. math:: \hat w_i = \bar w_i + \rho_i^2\, \sigma_i h_{m(i)}
 
-    Without shrinking :math:`\rho^2 = 1`.
+    Without shrinking :math:`\rho^2 = 1`. It reads 9 bytes a float32 weight and writes 4. Products
+    are rounded before they are added, so all backends give the same bits.
 
     Args:
         mode: [N] uint8.
@@ -55,9 +44,12 @@ def reconstruct(
             :math:`\rho_i^2 = \sigma_i^2 q_{m(i)} / V_i`, clamped to [0, 1].
         energy: [M] :math:`q_m`: the profile's sum of squares, in the unit of ``slope``.
         out: [N] of the dtype of ``mean``, filled and returned when given.
+        backend: See :func:`cmd_plugin.kernels.update_affine`.
 
     Raises:
-        ShapeError: If shapes or dtypes do not fit.
+        ShapeError: If shapes, dtypes or devices do not fit.
+        InputError: If ``backend`` cannot address these tensors.
+        MissingDependency: If ``backend`` needs a package that is not installed.
     """
     if out is None:
         out = torch.empty_like(mean)
@@ -65,15 +57,12 @@ def reconstruct(
         raise ShapeError(
             f"out must be {tuple(mean.shape)} {mean.dtype}, got {tuple(out.shape)} {out.dtype}."
         )
-    block = _reconstructor(mode, slope, mean, step, BLOCK, total, energy)
-    for start in range(0, mean.numel(), BLOCK):
-        stop = min(mean.numel(), start + BLOCK)
-        block.fill(start, stop, out[start:stop])
+    reconstruct_into([out], mode, slope, mean, step, total=total, energy=energy, backend=backend)
     return out
 
 
 def reconstruct_into(
-    weights: FlatView,
+    weights: Weights,
     mode: Tensor,
     slope: Tensor,
     mean: Tensor,
@@ -81,19 +70,67 @@ def reconstruct_into(
     *,
     total: Tensor | None = None,
     energy: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> None:
     """Write the modelled weights into ``weights``, in place, without a vector of size N.
 
-    Arguments as for :func:`reconstruct`.
-
-    Raises:
-        ShapeError: If shapes or dtypes do not fit.
+    Arguments and errors as for :func:`reconstruct`.
     """
-    if weights.numel != mean.numel() or weights.dtype != mean.dtype:
+    if torch.compiler.is_compiling():
+        _operator(tensors_of(weights), mode, slope, mean, step, total, energy, backend)
+        return
+    view = as_view(weights, mean.dtype)
+    if view.numel != mean.numel() or view.dtype != mean.dtype:
         raise ShapeError(
-            f"mean must be [{weights.numel}] {weights.dtype}, got {tuple(mean.shape)} {mean.dtype}."
+            f"mean must be [{view.numel}] {view.dtype}, got {tuple(mean.shape)} {mean.dtype}."
         )
-    block = _reconstructor(mode, slope, mean, step, weights.block, total, energy)
-    values = weights.scratch()
-    for number, start, stop in weights.blocks():
-        weights.write(number, block.fill(start, stop, values[: stop - start]))
+    arrays = {"slope": slope, "mean": mean, "total": total}
+    tables = {"step": step, "energy": energy}
+    require_state(view.numel, view.dtype, mode, arrays, tables, view.device)
+    require_pair(total, energy)
+    pieces = view.pieces()
+    chosen = choose(
+        "reconstruct",
+        backend,
+        view.device,
+        view.numel,
+        numba=pieces is not None and view.device.type == "cpu",
+        triton=view.addressable,
+    )
+    if chosen == "triton":
+        from cmd_plugin.kernels.reconstruct import _triton
+
+        _triton.reconstruct(view, mode, slope, mean, step, total, energy)
+    elif chosen == "numba" and pieces is not None:
+        from cmd_plugin.kernels.reconstruct import _numba
+
+        _numba.reconstruct(pieces, mode, slope, mean, step, total, energy)
+    else:
+        _blocked.reconstruct(view, mode, slope, mean, step, total, energy)
+
+
+def _run(
+    weights: Sequence[Tensor],
+    mode: Tensor,
+    slope: Tensor,
+    mean: Tensor,
+    step: Tensor,
+    total: Tensor | None,
+    energy: Tensor | None,
+    backend: Backend,
+) -> None:
+    reconstruct_into(weights, mode, slope, mean, step, total=total, energy=energy, backend=backend)
+
+
+_operator = torch.library.custom_op(
+    "cmd_plugin::reconstruct",
+    _run,
+    mutates_args=("weights",),
+    schema="(Tensor(a!)[] weights, Tensor assignment, Tensor slope, Tensor mean, Tensor step, "
+    "Tensor? total, Tensor? energy, str backend) -> ()",
+)
+
+
+@_operator.register_fake
+def _fake(*arguments: object) -> None:
+    """Nothing is returned."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmd_plugin.kernels.flat_view import FlatView
 from cmd_plugin.kernels.mode_table import ModeTable
 
-__all__ = ["BlockReconstructor"]
+__all__ = ["BlockReconstructor", "reconstruct"]
 
 
 class BlockReconstructor:
@@ -40,3 +41,19 @@ class BlockReconstructor:
             share.mul_(slope).mul_(slope).div_(self._total[block])
             out.mul_(share.nan_to_num_(0.0).clamp_(0.0, 1.0))
         return out.mul_(slope).add_(self._mean[block])
+
+
+def reconstruct(
+    weights: FlatView,
+    mode: Tensor,
+    slope: Tensor,
+    mean: Tensor,
+    step: Tensor,
+    total: Tensor | None,
+    energy: Tensor | None,
+) -> None:
+    """See :func:`cmd_plugin.kernels.reconstruct_into`."""
+    block = BlockReconstructor(mode, slope, mean, step, weights.block, total, energy)
+    values = weights.scratch()
+    for number, start, stop in weights.blocks():
+        weights.write(number, block.fill(start, stop, values[: stop - start]))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import Literal
-
+import torch
 from torch import Tensor
 
-from cmd_plugin.errors import InputError, require
 from cmd_plugin.kernels._checks import require_state
-from cmd_plugin.kernels.flat_view import FlatView
+from cmd_plugin.kernels._dispatch import Backend, choose
+from cmd_plugin.kernels.flat_view import Weights, as_view, tensors_of
 from cmd_plugin.kernels.update_affine import _blocked
+from cmd_plugin.kernels.update_affine._revert import CHECKED_FIRST, revert_update
 
 __all__ = ["update_affine"]
 
 
 def update_affine(
-    weights: FlatView,
+    weights: Weights,
     mode: Tensor,
     slope: Tensor,
     mean: Tensor,
@@ -24,8 +23,8 @@ def update_affine(
     blend: float,
     decay: float = 1.0,
     total: Tensor | None = None,
-    backend: Literal["auto", "torch", "numba"] = "auto",
-) -> float:
+    backend: Backend = "auto",
+) -> Tensor:
     r"""Update slope and mean of every weight with a new snapshot, in place.
 
     With forgetting factor :math:`\lambda`, :math:`n' = \lambda n + 1`, and the profile's step
@@ -40,8 +39,15 @@ def update_affine(
     algebraically the recursive least squares of the paper's online CMD, in a form that needs one
     look-up per weight and accumulates no error in the offset.
 
+    A snapshot with a weight that is NaN or infinite, or so large that :math:`e^2` is, is not taken
+    in. Up to 2^20 weights that is found out first; in longer vectors, which would have to be read
+    from memory twice, it is found on the way, and then the state is restored up to rounding.
+
+    It reads 13 bytes a float32 weight and writes 8. Everything is computed in the dtype of
+    ``mean``; the sum of squares is accumulated in float64.
+
     Args:
-        weights: The N weights of the new snapshot.
+        weights: The N weights of the new snapshot, float16, bfloat16, float32 or float64.
         mode: [N] uint8.
         slope: [N] :math:`\sigma`, changed in place.
         mean: [N] :math:`\bar w`, changed in place.
@@ -51,28 +57,65 @@ def update_affine(
         total: [N] sum of squared deviations, changed in place when given:
             ``total = decay total + (1 - blend) e^2``.
         backend: ``"numba"`` makes one compiled pass over contiguous CPU weights (extra ``fast``),
-            ``"torch"`` works everywhere; ``"auto"`` takes the first where it can.
+            ``"triton"`` one launch over CUDA weights, ``"torch"`` works everywhere; ``"auto"``
+            takes the fastest that fits.
 
     Returns:
-        The sum of e^2 over all weights: times ``1 - blend`` it is what the snapshot adds to the
-        total sum of squares.
+        [] float64, the sum of e^2 over all weights: times ``1 - blend`` it is what the snapshot
+        adds to the total sum of squares. Not finite if the snapshot was not taken in.
 
     Raises:
-        ShapeError: If a state vector does not have N values in the dtype of ``weights``.
-        InputError: If ``backend="numba"`` cannot address these weights.
-        MissingDependency: If ``backend="numba"`` and numba is not installed.
+        ShapeError: If a state vector does not have N values in the dtype of ``weights``, or lies
+            on another device.
+        InputError: If ``backend`` cannot address these weights.
+        MissingDependency: If ``backend`` needs a package that is not installed.
     """
-    arrays = {"slope": slope, "mean": mean, "total": total}
-    require_state(weights.numel, weights.dtype, mode, arrays, {"gain": gain})
-    pieces = weights.pieces() if backend != "torch" and mean.device.type == "cpu" else None
-    if backend == "numba" and pieces is None:
-        raise InputError(
-            "backend='numba' needs contiguous CPU weights in the state's dtype: use 'auto'."
+    if torch.compiler.is_compiling():
+        squares: Tensor = _operator(
+            tensors_of(weights), mode, slope, mean, gain, blend, decay, total, backend
         )
-    if pieces is not None and (backend == "numba" or find_spec("numba") is not None):
-        require("numba", "fast")
-        # Imported here: numba costs a second, and only who follows a run on a CPU needs it.
+        return squares
+    view = as_view(weights, mean.dtype)
+    arrays = {"slope": slope, "mean": mean, "total": total}
+    require_state(view.numel, view.dtype, mode, arrays, {"gain": gain}, view.device)
+    chosen = choose(
+        "update_affine",
+        backend,
+        view.device,
+        view.numel,
+        numba=view.pieces() is not None and view.device.type == "cpu",
+        triton=view.addressable,
+    )
+    arguments = (view, mode, slope, mean, gain, blend, decay, total)
+    if chosen == "triton":
+        from cmd_plugin.kernels.update_affine import _triton
+
+        squares = _triton.update_affine(*arguments)
+    elif chosen == "numba":
         from cmd_plugin.kernels.update_affine import _numba
 
-        return _numba.update_affine(pieces, mode, slope, mean, gain, blend, decay, total)
-    return _blocked.update_affine(weights, mode, slope, mean, gain, blend, decay, total)
+        squares = _numba.update_affine(*arguments)
+    else:
+        squares = _blocked.update_affine(*arguments)
+    # A short vector was checked first: NaN says it was not touched. Finite weights whose squares
+    # overflow are only found on the way, and their sum is infinite.
+    untouched = view.numel <= CHECKED_FIRST and bool(squares.isnan())
+    if not untouched and not bool(squares.isfinite()):
+        revert_update(*arguments)
+    return squares
+
+
+_operator = torch.library.custom_op(
+    "cmd_plugin::update_affine",
+    update_affine,
+    mutates_args=("slope", "mean", "total"),
+    schema="(Tensor[] weights, Tensor assignment, Tensor(a!) slope, Tensor(b!) mean, Tensor gain, "
+    "float blend, float decay, Tensor(c!)? total, str backend) -> Tensor",
+)
+
+
+@_operator.register_fake
+def _fake(*arguments: object) -> Tensor:
+    mean = arguments[3]
+    assert isinstance(mean, Tensor)
+    return mean.new_empty((), dtype=torch.float64)

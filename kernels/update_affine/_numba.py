@@ -1,57 +1,113 @@
 """Compiled CPU path of ``update_affine``: one pass, 13 bytes read and 8 written per weight.
 
-Needs numba (extra ``fast``). PyTorch alone makes five passes over cache-resident blocks and looks
-the
-gains up on one thread.
+One call walks all tensors by their addresses, so a network of many small ones costs no Python per
+tensor. Gains are looked up for a short span of weights at a time, two modes at once: while a long
+look-up runs, the memory would stand idle. Everything is one function body, because with spans this
+short a call costs as much as the arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from math import fsum, nan
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
 from torch import Tensor
+
+from cmd_plugin.kernels._numba import array, compiled, numbers
+from cmd_plugin.kernels._threads import in_threads
+from cmd_plugin.kernels.flat_view import FlatView
+from cmd_plugin.kernels.update_affine._revert import CHECKED_FIRST
 
 __all__ = ["update_affine"]
 
-_CHUNK = 2048  # weights whose gains are looked up before the arithmetic, in the first-level cache
-_ALONE = 1 << 20  # weights below which a second thread is not worth starting
+_SPAN = 128  # weights whose gains are looked up before the arithmetic
 
 
-# Sums may be reordered (reassoc) so that they vectorise; nothing else is relaxed, NaN and Inf
-# count.
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _pass(weights, mode, slope, mean, gain, blend, decay, total):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    squares = 0.0
-    gains = np.empty(_CHUNK, dtype=mean.dtype)
-    one = mean.dtype.type(1.0)
-    for start in range(0, weights.size, _CHUNK):
-        count = min(_CHUNK, weights.size - start)
-        w, m = weights[start : start + count], mode[start : start + count]
-        s, b = slope[start : start + count], mean[start : start + count]
-        for i in range(count):
-            gains[i] = gain[m[i]]
-        part = mean.dtype.type(0.0)
-        for i in range(count):
-            innovation = w[i] - b[i]
-            b[i] += innovation * blend
-            s[i] = s[i] * decay + innovation * gains[i]
-            part += innovation * innovation
-        squares += part
-        if total.size:
-            # The mean has moved: w - new mean = (1 - blend) (w - old mean).
-            v = total[start : start + count]
-            for i in range(count):
-                rest = w[i] - b[i]
-                v[i] = v[i] * decay + rest * rest / (one - blend)
-    return squares
+@intrinsic
+def _typed(_: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to values of the dtype of an array."""
+    target = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return target(address, like), generate
+
+
+_pointer: Any = _typed  # its first argument is the compiler's own
+
+
+@compiled
+def _finite(addresses, starts, mean):
+    """Whether all weights are finite: infinity times zero is NaN."""
+    zero = mean.dtype.type(0.0)
+    probe = zero
+    for piece in range(addresses.size):
+        weights = carray(_pointer(addresses[piece], mean), starts[piece + 1] - starts[piece])
+        part = zero
+        for i in range(weights.size):
+            part += weights[i] * zero
+        probe += part
+    return probe == zero
+
+
+@compiled
+def _update(addresses, starts, low, high, mode, slope, mean, total, pairs, blend, decay, out):
+    wide = np.empty(_SPAN // 2, dtype=pairs.dtype)
+    gains = wide.view(mean.dtype)
+    zero, one = mean.dtype.type(0.0), mean.dtype.type(1.0)
+    limit = mean.dtype.type(np.inf)
+    for piece in range(low, high):
+        first, size = starts[piece], starts[piece + 1] - starts[piece]
+        weights = carray(_pointer(addresses[piece], mean), size)
+        squares = 0.0
+        for at in range(0, size, _SPAN):
+            n = min(_SPAN, size - at)
+            start, stop = first + at, first + at + n
+            w, m = weights[at : at + n], mode[start:stop]
+            s, b = slope[start:stop], mean[start:stop]
+            for i in range(n // 2):
+                wide[i] = pairs[np.uint32(m[2 * i]) | (np.uint32(m[2 * i + 1]) << np.uint32(8))]
+            if n % 2:
+                wide[n // 2] = pairs[m[n - 1]]
+            part = zero
+            for i in range(n):
+                innovation = w[i] - b[i]
+                square = innovation * innovation
+                part += square
+                innovation = innovation if square < limit else zero
+                b[i] += innovation * blend
+                s[i] = s[i] * decay + innovation * gains[i]
+            if total.size:
+                # The mean has moved: w - new mean = (1 - blend) (w - old mean).
+                v = total[start:stop]
+                for i in range(n):
+                    rest = w[i] - b[i]
+                    square = rest * rest
+                    square = square if square < limit else zero
+                    v[i] = v[i] * decay + square / (one - blend)
+            squares += part
+        out[piece] = squares
+
+
+def _pair_gains(gain: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the gains [M] of two neighbouring modes as one value of twice the size, [256 M].
+
+    It is addressed by the two bytes read as one number.
+    """
+    pairs = np.zeros((gain.size, 256, 2), gain.dtype)  # [second mode, first mode, gain]
+    pairs[:, : gain.size, 0] = gain
+    pairs[:, :, 1] = gain[:, None]
+    return pairs.view(np.uint64 if gain.dtype == np.float32 else np.complex128).reshape(-1)
 
 
 def update_affine(
-    pieces: Sequence[tuple[Tensor, int, int]],
+    weights: FlatView,
     mode: Tensor,
     slope: Tensor,
     mean: Tensor,
@@ -59,33 +115,22 @@ def update_affine(
     blend: float,
     decay: float,
     total: Tensor | None,
-) -> float:
-    """See :func:`cmd_plugin.kernels.update_affine`; ``pieces`` are (values, start, stop)."""
-    number = np.float64 if mean.dtype == torch.float64 else np.float32
-    modes, slopes, means = mode.numpy(), slope.numpy(), mean.numpy()
-    gains = gain.to(mean.dtype).numpy()
-    totals = np.empty(0, number) if total is None else total.numpy()
+) -> Tensor:
+    """See :func:`cmd_plugin.kernels.update_affine`; all weights contiguous in the state's dtype."""
+    addresses, starts = weights.addresses()
+    means = mean.numpy()
+    if weights.numel <= CHECKED_FIRST and not _finite(addresses, starts, means):
+        return torch.tensor(nan, dtype=torch.float64)
+    state = (mode.numpy(), slope.numpy(), means, array(total, mean))
+    number = means.dtype.type
+    constants = (_pair_gains(numbers(gain, mean)), number(blend), number(decay))
+    squares = np.empty(addresses.size)
+    threads = min(torch.get_num_threads(), addresses.size)
+    bounds = np.searchsorted(starts[:-1], np.linspace(0, weights.numel, threads + 1))
 
-    def run(part: Sequence[tuple[Tensor, int, int]]) -> float:
-        squares = 0.0
-        for values, start, stop in part:
-            squares += _pass(
-                values.numpy(),
-                modes[start:stop],
-                slopes[start:stop],
-                means[start:stop],
-                gains,
-                number(blend),
-                number(decay),
-                totals[start:stop],
-            )
-        return squares
+    def run(share: tuple[int, int]) -> None:
+        _update(addresses, starts, *share, *state, *constants, squares)
 
-    threads = 1 if mean.numel() < _ALONE else torch.get_num_threads()
-    if threads == 1:
-        return run(pieces)
-    shares = [pieces[index::threads] for index in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-        # Summed in the order of the shares, not of their finishing: the result does not depend on
-        # it.
-        return float(sum(pool.map(run, shares)))
+    in_threads(run, list(pairwise(bounds)), weights.numel)
+    # One exact sum over pieces: it does not depend on which thread took which.
+    return torch.tensor(fsum(squares), dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 __all__ = ["update_affine"]
@@ -16,13 +17,16 @@ def update_affine(
     blend: float,
     decay: float = 1.0,
     total: Tensor | None = None,
-) -> float:
+) -> Tensor:
     """See :func:`cmd_plugin.kernels.update_affine`; ``weights`` [N] is a plain vector here."""
     innovation = weights.to(mean.dtype) - mean
+    squares = innovation.double().square().sum()
+    if not bool(innovation.square().isfinite().all()):  # the snapshot is not taken in
+        return torch.full_like(squares, float("nan"))
     mean += blend * innovation
     slope *= decay
     slope += gain.to(mean.dtype)[mode.long()] * innovation
     if total is not None:
         total *= decay
         total += (1 - blend) * innovation.square()
-    return float(innovation.double().square().sum())
+    return squares

@@ -1,8 +1,15 @@
-"""Kernels get memory full of NaN: what they leave unwritten shows."""
+"""Every test runs on each path; kernels get memory full of NaN between margins nobody may touch.
+
+``TRITON_INTERPRET=1 pytest tests/kernels -m interpret`` runs the same tests on Triton's
+interpreter; :mod:`test_other_processes` does that in a process of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,19 +17,84 @@ import torch
 from torch import Tensor
 
 
-def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = allocate(*args, **kwargs)
-        if tensor.dtype == torch.bool:
-            return tensor.fill_(True)
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(torch.iinfo(tensor.dtype).max)
+def _load_helpers() -> None:
+    # With --import-mode=importlib a test folder is not on the path.
+    path = Path(__file__).parent / "kernel_toys.py"
+    spec = importlib.util.spec_from_file_location("kernel_toys", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernel_toys"] = module
+    spec.loader.exec_module(module)
 
-    return empty
+
+_load_helpers()
+
+from kernel_toys import PATHS, Guards  # noqa: E402 it was loaded just now
+
+from cmd_plugin.kernels import _dispatch  # noqa: E402
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test on every path, or on those its ``paths`` marker names; on none if it is empty."""
+    marker = metafunc.definition.get_closest_marker("paths")
+    chosen = PATHS if marker is None else [path for path in PATHS if path in marker.args]
+    if marker is None or marker.args:
+        marks = {"triton": [pytest.mark.interpret]}
+        params = [pytest.param(path, marks=marks.get(path, [])) for path in chosen]
+        metafunc.parametrize("path", params, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests out that are about paths of another process."""
+
+    def elsewhere(item: pytest.Item) -> bool:
+        marker = item.get_closest_marker("paths")
+        return marker is not None and bool(marker.args) and not {*marker.args} & {*PATHS}
+
+    left_out = [item for item in items if elsewhere(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """The implementation that ``backend="auto"`` takes in this test, wherever it fits."""
+    chosen: str | None = getattr(request, "param", None)
+    if chosen == "triton":
+        monkeypatch.setenv(_dispatch.VARIABLE, "triton")
+    elif chosen is not None:
+        worth = 0 if chosen == "numba" else 1 << 62
+        monkeypatch.setattr(_dispatch, "_WORTH_COMPILING", worth)
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def guards(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Guards | None]:
+    """Fill new memory with NaN, so that what a kernel leaves unwritten shows; guard its edges."""
+    if request.node.get_closest_marker("compile") is not None:
+        yield None  # the compiler traces torch.empty and would trace what stands in for it
+        return
+    room = Guards()
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def empty(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            if tensor.device.type != "cpu" or type(tensor) is not Tensor:
+                return tensor
+            if tensor.dtype == torch.bool:
+                tensor.fill_(True)
+            elif tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            else:
+                tensor.fill_(torch.iinfo(tensor.dtype).max)
+            return room.surround(tensor) if tensor.is_contiguous() else tensor
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    yield room
+    room.check()

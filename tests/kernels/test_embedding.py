@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_toys import BLOCK
 from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
 from cmd_plugin.kernels import FlatView, apply_embedding, coefficient_drift, fold_gradients
 from cmd_plugin.kernels.apply_embedding import reference as apply_reference
 from cmd_plugin.kernels.coefficient_drift import reference as drift_reference
-from cmd_plugin.kernels.flat_view import BLOCK
 from cmd_plugin.kernels.fold_gradients import reference as fold_reference
 
 SIZES = [1, 2, 7, 1001, BLOCK + 3]

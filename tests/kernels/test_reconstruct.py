@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_toys import BLOCK
 from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
@@ -36,7 +37,7 @@ def without_shrinking(arguments: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("numel", [1, 2, 7, 2**18 + 3])
+@pytest.mark.parametrize("numel", [1, 2, 7, BLOCK + 3])
 @pytest.mark.parametrize("modes", [1, 256])
 @pytest.mark.parametrize("shrink", [False, True])
 def test_oracle_21_equals_the_specification(

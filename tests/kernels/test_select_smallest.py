@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_toys import BLOCK
 
 from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.kernels import select_smallest
-from cmd_plugin.kernels.flat_view import BLOCK
 from cmd_plugin.kernels.select_smallest import reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

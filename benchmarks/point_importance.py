@@ -1,0 +1,378 @@
+"""What do importance scores find, does refocusing repair a network, and what do they cost?
+
+    python -m benchmarks.point_importance --data-root DATA           # 10 minutes of CPU time
+    python -m benchmarks.point_importance --data-root DATA --quick   # 1 minute, nothing is written
+
+A PointNet that nobody here trained (ModelNet40 weights of learning3d, MIT) on real shapes: chairs
+and monitors of ModelNet10, as surface points of voxel grids. These shapes are in the weights'
+training set, so the accuracies below are regression numbers, never an accuracy claim.
+
+Corruptions are ModelNet-C-style with the seeds named, not the official files. Every method sees
+the same clouds; SOR is the statistical outlier removal of Zhou et al. with k = 2, alpha = 1.1.
+Times are CPU times of the process, so that a busy machine does not count. Results:
+``results/point_importance.json`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from benchmarks.machine import RESULTS, describe_machine
+from cmd_plugin.errors import require
+from cmd_plugin.pointcloud import (
+    CORRUPTIONS,
+    DropCurve,
+    SubsetDefence,
+    corrupt,
+    gradient_attack,
+    perturbed_logits,
+    point_importance,
+    random_scores,
+    refocus,
+    shuffle_points,
+    statistical_outliers,
+    statistical_scores,
+)
+from cmd_plugin.pointcloud.files import load_voxels, voxel_clouds
+from cmd_plugin.pointcloud.networks import DGCNN, PointNet
+from cmd_plugin.pointcloud.outlier_metrics import ScoreAUROC
+from cmd_plugin.pointcloud.refocus import run_on
+from cmd_plugin.pointcloud.weights import load_weights
+
+CLASSES = {"chair": 8, "monitor": 22}  # their numbers in ModelNet40
+POINTS = 1024
+_CHUNK = 8  # clouds in a forward pass: their features stay in the cache
+
+
+def load(root: Path) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network, and all voxel grids by class."""
+    folder = root / "pointcloud" if (root / "pointcloud").is_dir() else root
+    network = PointNet(40).eval()
+    load_weights(network, folder / "pointnet_modelnet40.t7")
+    grids = {n: load_voxels(folder / f"modelnet10_{n}_voxels.npy.gz") for n in CLASSES}
+    return network, grids
+
+
+def spread(grids: Tensor, count: int) -> Tensor:
+    """So many grids, evenly spread over the file."""
+    return grids[torch.arange(count) * len(grids) // count]
+
+
+def chunked(function: Callable[[Tensor], Tensor], clouds: Tensor) -> Tensor:
+    """Apply a function to a few clouds at a time."""
+    return torch.cat([function(part) for part in clouds.split(_CHUNK)])
+
+
+def share_right(scores: Tensor, label: int) -> float:
+    """Accuracy on clouds that are all of one class."""
+    return float((scores.argmax(dim=1) == label).double().mean())
+
+
+def answers(network: nn.Module, clouds: Tensor) -> dict[str, Tensor]:
+    """Scores of the plain network and behind each removal of points; and what refocusing kept."""
+    plain, refocused, kept, entropy, half = [], [], [], [], []
+    for part in clouds.split(_CHUNK):
+        again = refocus(network, part)
+        plain.append(again.importance.output)
+        refocused.append(again.output)
+        kept.append(again.kept)
+        entropy.append(again.importance.entropy)
+        half.append(refocus(network, part, keep=part.shape[1] // 2).output)
+    with torch.no_grad():
+        sor = run_on(network, clouds, statistical_outliers(clouds))
+    return {
+        "plain": torch.cat(plain),
+        "refocused": torch.cat(refocused),
+        "lowest half": torch.cat(half),
+        "SOR": sor,
+        "kept": torch.cat(kept),
+        "entropy": torch.cat([e for e in entropy if e is not None]),
+    }
+
+
+def measure_outliers(
+    network: nn.Module, clean: Tensor, label: int, seed: int
+) -> list[dict[str, Any]]:
+    """Planted outliers: who finds them, and who answers rightly in spite of them."""
+    rows = []
+    for level, added in ((0, 10), (4, 50)):
+        clouds = corrupt(clean, "add_global", level, seed=seed)
+        planted = torch.zeros(clouds.shape[:2], dtype=torch.int64)
+        planted[:, POINTS:] = 1
+        seen = [point_importance(network, part, "critical++") for part in clouds.split(_CHUNK)]
+        norm = torch.cat([s.norm for s in seen])
+        wins = torch.cat([s.wins for s in seen if s.wins is not None])
+        centre = clouds.mean(dim=1, keepdim=True)
+        scores = {
+            "count": wins.double(),
+            "L1": norm,
+            "SOR": statistical_scores(clouds),
+            "radius": (clouds - centre).norm(dim=2),
+        }
+        found = answers(network, clouds)
+        row: dict[str, Any] = {"seed": seed, "added": added}
+        for name, score in scores.items():
+            metric = ScoreAUROC()
+            metric.update(score.flatten(), planted.flatten())
+            row[f"AUROC {name}"] = float(metric.compute())
+        for name in ("plain", "refocused", "SOR"):
+            row[f"OA {name}"] = share_right(found[name], label)
+        row["added points kept"] = float(found["kept"][:, POINTS:].double().mean())
+        row["entropy"] = float(found["entropy"].mean())
+        rows.append(row)
+    return rows
+
+
+def measure_corruptions(
+    network: nn.Module, clean: dict[str, Tensor], seed: int
+) -> list[dict[str, Any]]:
+    """The strongest level of each corruption, without retraining anything."""
+    rows = []
+    for kind in ("clean", *CORRUPTIONS):
+        right: dict[str, list[float]] = {}
+        entropy = []
+        for name, clouds in clean.items():
+            bad = clouds if kind == "clean" else corrupt(clouds, kind, 4, seed=seed)
+            found = answers(network, shuffle_points(bad, seed=seed))
+            entropy.append(float(found["entropy"].mean()))
+            for method in ("plain", "refocused", "lowest half", "SOR"):
+                right.setdefault(method, []).append(share_right(found[method], CLASSES[name]))
+        means = {method: statistics.fmean(values) for method, values in right.items()}
+        rows.append(
+            {"seed": seed, "corruption": kind, "entropy": statistics.fmean(entropy), **means}
+        )
+    return rows
+
+
+def gradients(network: nn.Module, clouds: Tensor, labels: Tensor) -> Tensor:
+    """Captum's saliency, its absolute gradient summed over coordinates: [B, N]."""
+    saliency = require("captum.attr", "xai").Saliency(network)
+    rows = [
+        saliency.attribute(part.clone().requires_grad_(), target=target).sum(dim=2).detach()
+        for part, target in zip(clouds.split(_CHUNK), labels.split(_CHUNK), strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def integrated(network: nn.Module, clouds: Tensor, labels: Tensor) -> Tensor:
+    """Captum's integrated gradients from the origin, absolute, summed over coordinates: [B, N]."""
+    method = require("captum.attr", "xai").IntegratedGradients(network)
+    rows = [
+        method.attribute(cloud, target=target, n_steps=32, internal_batch_size=_CHUNK).abs().sum(2)
+        for cloud, target in zip(clouds.split(1), labels.split(1), strict=True)
+    ]
+    return torch.cat(rows).detach()
+
+
+def measure_drops(network: nn.Module, clouds: Tensor, labels: Tensor, ties: int) -> dict[str, Any]:
+    """Drop curves of our scores, Captum's, and random order."""
+    order = {1.0: "L1", 2.0: "L2", float("inf"): "Linf"}
+    scores = {
+        name: chunked(lambda p, o=norm: point_importance(network, p, norm=o).scores, clouds)
+        for norm, name in order.items()
+    }
+    scores["count"] = chunked(lambda p: point_importance(network, p, "critical++").scores, clouds)
+    scores["saliency (Captum)"] = gradients(network, clouds, labels)
+    scores["integrated gradients (Captum)"] = integrated(network, clouds, labels)
+    scores["random"] = random_scores(clouds)
+    result: dict[str, Any] = {}
+    for name, score in track(scores.items(), description="drop curves", transient=True):
+        result[name] = {}
+        for direction in ("high", "low"):
+            curve = DropCurve()
+            for seed in range(ties):
+                for start in range(0, len(clouds), _CHUNK):
+                    part = slice(start, start + _CHUNK)
+                    logits = perturbed_logits(
+                        network,
+                        clouds[part],
+                        score[part],
+                        direction,  # type: ignore[arg-type]
+                        seed=seed,
+                        index=torch.arange(start, min(start + _CHUNK, len(clouds))),
+                    )
+                    curve.update(logits, labels[part])
+            found = curve.compute()
+            result[name][direction] = {
+                "area": float(found["accuracy_auc"]),
+                "accuracy": [round(v, 4) for v in found["accuracy"].tolist()],
+            }
+    result["fractions"] = list(DropCurve().fractions)
+    return result
+
+
+def measure_defence(
+    network: nn.Module, clouds: Tensor, labels: Tensor, steps: int
+) -> dict[str, Any]:
+    """The subset defence against an attack that does not know it, and one that does."""
+    defended = SubsetDefence(network)
+    plain = gradient_attack(network, clouds, labels, steps=steps, size=0.01)
+    adaptive = gradient_attack(
+        defended, clouds, labels, steps=steps, size=0.01, samples=2, noise=0.01
+    )
+    with torch.no_grad():
+        transferred = chunked(defended, plain.points).argmax(dim=1) != labels
+        clean = chunked(defended, clouds).argmax(dim=1) != labels
+    return {
+        "clouds": len(clouds),
+        "steps": steps,
+        "wrong without attack, plain": float(plain.wrong_before.double().mean()),
+        "wrong without attack, defended": float(clean.double().mean()),
+        "attack on the plain network": plain.rate,
+        "the same clouds, defended": float(transferred.double().mean()),
+        "adaptive attack on the defence": adaptive.rate,
+    }
+
+
+def clock(*works: Callable[[], Any], repeats: int) -> list[list[float]]:
+    """CPU seconds of each call of each function, in turns, so that drifts meet all alike."""
+    for work in works:
+        work()
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(repeats):
+        for work, times in zip(works, seconds, strict=True):
+            started = time.process_time()
+            work()
+            times.append(time.process_time() - started)
+    return seconds
+
+
+def measure_overhead(
+    networks: dict[str, nn.Module], cloud: Tensor, repeats: int
+) -> list[dict[str, Any]]:
+    """A forward pass, and the same with scores; ratios of neighbouring pairs."""
+    rows = []
+    for name, network in networks.items():
+        for batch in (1, 8):
+            clouds = cloud.expand(batch, -1, -1).contiguous()
+
+            def forward(model: nn.Module = network, points: Tensor = clouds) -> None:
+                with torch.no_grad():
+                    model(points)
+
+            def fbi(model: nn.Module = network, points: Tensor = clouds) -> None:
+                point_importance(model, points)
+
+            def counts(model: nn.Module = network, points: Tensor = clouds) -> None:
+                point_importance(model, points, "critical++")
+
+            plain, scored, counted = clock(forward, fbi, counts, repeats=repeats)
+            rows.append(
+                {
+                    "network": name,
+                    "batch": batch,
+                    "forward_ms": 1e3 * statistics.median(plain),
+                    "fbi_overhead_percent": 100.0 * (paired(scored, plain) - 1.0),
+                    "count_overhead_percent": 100.0 * (paired(counted, plain) - 1.0),
+                }
+            )
+    return rows
+
+
+def paired(first: list[float], second: list[float]) -> float:
+    """Median ratio of calls made one after the other."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
+
+
+def measure_others(network: nn.Module, cloud: Tensor, label: int, repeats: int) -> dict[str, Any]:
+    """Seconds of Captum's methods on the same cloud and network, and how many FBIs they cost."""
+    attr = require("captum.attr", "xai")
+    occlusion, path, saliency = (
+        attr.Occlusion(network),
+        attr.IntegratedGradients(network),
+        attr.Saliency(network),
+    )
+    works: dict[str, Callable[[], Any]] = {
+        "occlusion, point by point": lambda: occlusion.attribute(
+            cloud, sliding_window_shapes=(1, 3), target=label, perturbations_per_eval=_CHUNK
+        ),
+        "integrated gradients, 50 steps": lambda: path.attribute(
+            cloud, target=label, n_steps=50, internal_batch_size=_CHUNK
+        ),
+        "saliency": lambda: saliency.attribute(cloud.clone().requires_grad_(), target=label),
+    }
+
+    def forward() -> None:
+        with torch.no_grad():
+            network(cloud)
+
+    result = {}
+    for name, work in works.items():
+        slow, own, plain = clock(
+            work, lambda: point_importance(network, cloud), forward, repeats=repeats
+        )
+        extra = max(statistics.median(a - b for a, b in zip(own, plain, strict=True)), 1e-9)
+        result[name] = {
+            "seconds": statistics.median(slow),
+            "fbi_seconds": statistics.median(own),
+            "times_slower_than_fbi": statistics.median(slow) / statistics.median(own),
+            "times_slower_than_what_fbi_adds": statistics.median(slow) / extra,
+        }
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write the result files (not with ``--quick``)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("CMD_PLUGIN_DATA"))
+    parser.add_argument("--clouds", type=int, default=200, help="of each class, planted outliers")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="few clouds, nothing is written")
+    parser.add_argument("--out", type=Path, default=RESULTS / "point_importance.json")
+    options = parser.parse_args(arguments)
+    if options.data_root is None:
+        parser.error("say where the data lie: --data-root, or the variable CMD_PLUGIN_DATA")
+    torch.set_num_threads(options.threads)
+    seeds = range(1 if options.quick else options.seeds)
+    count, few = (16, 8) if options.quick else (options.clouds, 40)
+    network, grids = load(Path(options.data_root))
+    console = Console(width=140)
+    outliers, corruptions = [], []
+    for seed in track(seeds, description="outliers and corruptions", transient=True):
+        for name, label in CLASSES.items():
+            clean = voxel_clouds(spread(grids[name], count), POINTS, seed)
+            rows = measure_outliers(network, clean, label, seed)
+            outliers += [{"class": name, "clouds": count, **row} for row in rows]
+        sets = {n: voxel_clouds(spread(g, few), POINTS, seed) for n, g in grids.items()}
+        corruptions += [
+            {"clouds": 2 * few, **row} for row in measure_corruptions(network, sets, seed)
+        ]
+    some = 4 if options.quick else 32
+    both = torch.cat([voxel_clouds(spread(g, some), POINTS, 0) for g in grids.values()])
+    labels = torch.tensor(list(CLASSES.values())).repeat_interleave(some)
+    pick = slice(None, None, 1 if options.quick else 4)
+    torch.manual_seed(0)
+    networks = {"PointNet": network, "DGCNN, untrained": DGCNN(40).eval()}
+    result = {
+        "outliers": outliers,
+        "corruptions": corruptions,
+        "drops": measure_drops(network, both, labels, ties=1 if options.quick else 2),
+        "defence": measure_defence(network, both[pick], labels[pick], 5 if options.quick else 40),
+        "overhead": measure_overhead(networks, both[:1], 5 if options.quick else 41),
+        "others": measure_others(network, both[:1], CLASSES["chair"], 1 if options.quick else 3),
+        "machine": describe_machine(),
+    }
+    from benchmarks.point_importance_report import draw, show
+
+    show(result, console)
+    if not options.quick:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        draw(result, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

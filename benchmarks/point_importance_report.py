@@ -1,0 +1,146 @@
+"""Tables and picture of :mod:`benchmarks.point_importance`, from its result file alone.
+
+python -m benchmarks.point_importance_report
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import RESULTS
+
+__all__ = ["draw", "show"]
+
+_REPORTED = {  # a trial with the same weights and shapes that the specification reports
+    ("chair", 10): (0.985, 0.995),
+    ("monitor", 10): (0.950, 0.975),
+    ("chair", 50): (0.670, 0.995),
+    ("monitor", 50): (0.135, 0.975),
+}
+
+
+def _over_seeds(rows: list[dict[str, Any]], key: str, digits: int = 3) -> str:
+    values = [row[key] for row in rows]
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _grouped(rows: list[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print what was found, losses included."""
+    rows = result["outliers"]
+    seeds = len({row["seed"] for row in rows})
+    table = Table(title=f"Planted outliers, {rows[0]['clouds']} clouds a class, {seeds} seeds")
+    columns = ["AUROC count", "AUROC L1", "AUROC SOR", "AUROC radius"]
+    columns += ["OA plain", "OA refocused", "OA SOR", "added points kept", "entropy"]
+    for column in ("class", "added", *columns, "OA reported (plain, refocused)"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for (name, added), group in _grouped(rows, "class", "added").items():
+        before, after = _REPORTED[name, added]
+        cells = [_over_seeds(group, column) for column in columns]
+        table.add_row(name, str(added), *cells, f"{before:.3f}, {after:.3f}")
+    console.print(table)
+
+    rows = result["corruptions"]
+    table = Table(title=f"Level 4 of each corruption, no retraining, {rows[0]['clouds']} clouds")
+    methods = ["plain", "refocused", "lowest half", "SOR", "entropy"]
+    for column in ("corruption", *methods, "refocusing"):
+        table.add_column(column, justify="left" if column == "corruption" else "right")
+    for (kind,), group in _grouped(rows, "corruption").items():
+        change = statistics.fmean(row["refocused"] - row["plain"] for row in group)
+        word = "helps" if change > 0.005 else "hurts" if change < -0.005 else "no change"
+        cells = [_over_seeds(group, m) for m in methods]
+        table.add_row(kind, *cells, f"{change:+.3f} {word}")
+    console.print(table)
+
+    table = Table(title="Drop curves: area under accuracy, shares 0 to 0.9 (0.9 is perfect)")
+    for column in ("score", "high-drop (lower is better)", "low-drop (higher is better)"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name, curves in _curves(result).items():
+        areas = [f"{curves[way]['area']:.3f}" for way in ("high", "low")]
+        table.add_row(name, *areas)
+    console.print(table)
+
+    table = Table(title="Subset defence: share answered wrongly")
+    table.add_column("case")
+    table.add_column("share", justify="right")
+    for name, value in result["defence"].items():
+        table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+    table = Table(title=f"Cost, {result['machine']['threads']} thread(s)")
+    for column in ("what", "time", "against FBI"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for row in result["overhead"]:
+        table.add_row(
+            f"{row['network']}, forward of {row['batch']}",
+            f"{row['forward_ms']:.1f} ms",
+            f"FBI adds {row['fbi_overhead_percent']:.1f} %, counts "
+            f"{row['count_overhead_percent']:.1f} %",
+        )
+    for name, row in result["others"].items():
+        table.add_row(
+            f"PointNet, {name} (Captum)",
+            f"{1e3 * row['seconds']:.1f} ms",
+            f"{row['times_slower_than_fbi']:,.0f}x a forward pass with FBI, "
+            f"{row['times_slower_than_what_fbi_adds']:,.0f}x what FBI adds",
+        )
+    console.print(table)
+
+
+def _curves(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: c for name, c in result["drops"].items() if name != "fractions"}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Drop curves of all scores, and accuracies under corruption."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (high, low, bars) = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
+    shares = result["drops"]["fractions"]
+    for number, (name, curves) in enumerate(_curves(result).items()):
+        style = {"color": "0.4", "linestyle": "--"} if name == "random" else {"color": f"C{number}"}
+        for ax, way in ((high, "high"), (low, "low")):
+            label = f"{name} ({curves[way]['area']:.2f})"
+            ax.plot(shares, curves[way]["accuracy"], label=label, **style)
+    for ax, words in ((high, "most"), (low, "least")):
+        ax.set(xlabel="share of points dropped", ylabel="accuracy", ylim=(0, 1.03))
+        ax.set_title(f"Dropping the {words} important first (area)")
+        ax.legend(fontsize="x-small", loc="lower left")
+    groups = _grouped(result["corruptions"], "corruption")
+    for number, method in enumerate(("plain", "refocused", "SOR")):
+        heights = [statistics.fmean(row[method] for row in rows) for rows in groups.values()]
+        places = [index + 0.27 * (number - 1) for index in range(len(groups))]
+        bars.bar(places, heights, width=0.25, label=method)
+    bars.set_xticks(range(len(groups)), [kind for (kind,) in groups], rotation=30, ha="right")
+    bars.set(ylabel="accuracy", ylim=(0, 1.03), title="Level 4 corruptions, no retraining")
+    bars.legend(fontsize="small", ncols=3, loc="lower center")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Print the committed result and draw its picture again."""
+    path = RESULTS / "point_importance.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    show(result, Console(width=140))
+    draw(result, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Plain, refocused, without statistical outliers, EPiC, and EPiC with a refocused member.
+
+All five (six with the refocused network that was trained for it) share four or five networks of one
+architecture: one pass over a batch answers for all rows of the robustness table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cmd_plugin.errors import InputError, StateMismatch
+from cmd_plugin.kernels.counter_random import derived_seed
+from cmd_plugin.pointcloud.clouds import PointClouds
+from cmd_plugin.pointcloud.epic import EPiC
+from cmd_plugin.pointcloud.outliers import statistical_outliers
+from cmd_plugin.pointcloud.partial_clouds import SIZES
+from cmd_plugin.pointcloud.refocus import refocus, uncritical_subset
+from cmd_plugin.pointcloud.view_training import EPiCTraining, ViewTraining
+
+__all__ = [
+    "STAGES",
+    "Defences",
+    "initial_defences",
+    "repeated_to_size",
+    "scaled_sizes",
+    "train_defences",
+]
+
+STAGES = ("plain", "ensemble", "subset")
+"""What is trained one after the other; nothing is shared between them."""
+
+_SCHEMA = "cmd_plugin.pointcloud.Defences/1"
+_POINTS = 1024  # clouds the published sizes are meant for
+_KEPT = 600
+_FEWEST = 20  # points a refocused network gets at least, as many as a graph network's neighbours
+
+
+def scaled_sizes(points: int) -> dict[str, int]:
+    """Return EPiC's sizes of partial clouds for clouds of N points: 512, 512, 128 at 1024.
+
+    Args:
+        points: N, at least 1.
+    """
+    return {view: max(1, round(size * points / _POINTS)) for view, size in SIZES.items()}
+
+
+def repeated_to_size(points: Tensor, kept: Tensor) -> Tensor:
+    """Return clouds with only their kept points, repeated in turn up to the old size.
+
+    That is how the published statistical outlier removal keeps clouds of one size.
+
+    Args:
+        points: [B, N, 3].
+        kept: [B, N] bool; a cloud that keeps nothing stays as it is.
+
+    Returns:
+        [B, N, 3].
+    """
+    kept = kept | ~kept.any(dim=1, keepdim=True)
+    order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)
+    place = torch.arange(points.shape[1], device=points.device) % kept.sum(dim=1, keepdim=True)
+    return points.gather(1, order.gather(1, place)[:, :, None].expand(-1, -1, points.shape[2]))
+
+
+class Defences(nn.Module):
+    """The networks behind the rows of the robustness table.
+
+    Args:
+        plain: Trained on whole clouds; maps [B, N, 3] to [B, C].
+        ensemble: Three networks on partial clouds.
+        subset: Trained on uncritical subsets; EPiC's thirteenth member.
+        points: Number of points N of the clean clouds: the thirteenth member keeps 600/1024 N.
+    """
+
+    def __init__(self, plain: nn.Module, ensemble: EPiC, subset: nn.Module, points: int) -> None:
+        super().__init__()
+        self.plain, self.ensemble, self.subset = plain, ensemble, subset
+        self.points = points
+        self.kept = max(1, round(_KEPT * points / _POINTS))
+
+    @property
+    def views(self) -> dict[str, tuple[str, ...]]:
+        """The view of every member of the two rows that vote."""
+        members = self.ensemble.views
+        return {"EPiC": members, "EPiC + refocused": (*members, "refocused")}
+
+    @torch.no_grad()
+    def forward(self, points: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """Return the logits of every row, [B, C] or, for rows that vote, [B, M, C].
+
+        Args:
+            points: [B, N', 3].
+            index: [B] sample numbers.
+        """
+        self.eval()
+        focused = refocus(self.plain, points, minimum=_FEWEST)
+        trained = refocus(self.subset, points, minimum=_FEWEST)
+        member = refocus(self.subset, points, keep=self.kept)
+        votes = self.ensemble.votes(points, index).logits
+        cleaned = repeated_to_size(points, statistical_outliers(points))
+        return {
+            "plain": focused.importance.output,
+            "refocused": focused.output,
+            "refocused, trained": trained.output,
+            "SOR": self.plain(cleaned),
+            "EPiC": votes,
+            "EPiC + refocused": torch.cat([votes, member.output[:, None]], dim=1),
+        }
+
+    def save(
+        self,
+        path: str | Path,
+        settings: Mapping[str, object],
+        finished: Sequence[str] = STAGES,
+    ) -> None:
+        """Write all weights as safetensors, in one step.
+
+        Args:
+            path: The file.
+            settings: What they were trained under, JSON-like.
+            finished: Which of :data:`STAGES` are trained.
+        """
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        about = {"schema": _SCHEMA, "settings": _text(settings), "finished": ",".join(finished)}
+        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+        save_file(tensors, str(temporary), about)
+        temporary.replace(path)
+
+    def load(self, path: str | Path, settings: Mapping[str, object]) -> tuple[str, ...]:
+        """Read what :meth:`save` wrote; return which of :data:`STAGES` are trained.
+
+        Raises:
+            InputError: If the file is missing, damaged or something else.
+            StateMismatch: If it was trained under other settings.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("schema") != _SCHEMA:
+                    raise InputError(f"{path} holds no networks of a robustness run.")
+                if metadata["settings"] != _text(settings):
+                    raise StateMismatch(
+                        f"{path} was trained under {metadata['settings']}, asked for is "
+                        f"{_text(settings)}: use the same settings or another folder."
+                    )
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no dict
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} cannot be read ({error}): train again.") from error
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise StateMismatch(f"{path} holds other networks: {error}") from error
+        return tuple(stage for stage in STAGES if stage in metadata["finished"].split(","))
+
+
+def _text(settings: Mapping[str, object]) -> str:
+    return json.dumps(dict(settings), sort_keys=True)
+
+
+def train_defences(
+    make: Callable[[], nn.Module],
+    data: PointClouds,
+    epochs: int,
+    *,
+    rounds: int = 2,
+    batch_size: int = 16,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 1e-2,
+    seed: int = 0,
+    start: Defences | None = None,
+    finished: Sequence[str] = (),
+    after_stage: Callable[[str, Defences], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Defences:
+    """Train the five networks of the table, each for equally many optimizer steps.
+
+    A recipe for short runs: AdamW with a cosine schedule. (The published one, SGD over 500 epochs,
+    is the default of :class:`cmd_plugin.pointcloud.EPiCTraining`.)
+
+    Args:
+        make: Makes an untrained network that maps [B, n, 3] to [B, C].
+        data: Training clouds.
+        epochs: Passes over them, for every network.
+        rounds: Optimizer steps per batch, each with another view or augmentation.
+        batch_size: Clouds in a batch.
+        learning_rate: Of AdamW, at the start.
+        weight_decay: Of AdamW.
+        seed: Of initial weights, batches and views.
+        start: Networks of an earlier run with the same arguments that was stopped.
+        finished: Which of :data:`STAGES` it had finished; they are not trained again, and the
+            result is that of a run that was not stopped.
+        after_stage: Called with (stage, networks) when one is trained.
+        progress: Called with (epochs done, epochs of all networks) after each.
+
+    Raises:
+        InputError: If a number is out of range.
+        NonFiniteError: If a loss becomes NaN or infinite.
+    """
+    defences = start or initial_defences(make, data.points.shape[1], seed)
+    optimizer = partial(_adam, learning_rate=learning_rate, weight_decay=weight_decay)
+    seeds = [derived_seed(seed, number, 2) for number in range(3)]
+    subset = partial(_uncritical, defences.subset, max(1, defences.points // 4))
+    common: Callable[..., dict[str, Any]] = partial(
+        dict, rounds=rounds, batch_size=batch_size, optimizer=optimizer
+    )
+    stages: dict[str, ViewTraining | EPiCTraining] = {
+        "plain": ViewTraining(defences.plain, data, epochs, **common(seed=seeds[0])),
+        "ensemble": EPiCTraining(defences.ensemble, data, epochs, **common(seed=seeds[1])),
+        "subset": ViewTraining(defences.subset, data, epochs, **common(seed=seeds[2], view=subset)),
+    }
+    done, total = 0, (2 + len(defences.ensemble.networks)) * epochs
+
+    def tell(epoch: int, _: int) -> None:
+        if progress is not None:
+            progress(done + epoch, total)
+
+    for stage, training in stages.items():
+        if stage not in finished:
+            training.run(progress=tell)
+            if after_stage is not None:
+                after_stage(stage, defences)
+        done += epochs * (len(defences.ensemble.networks) if stage == "ensemble" else 1)
+    return defences.eval()
+
+
+def initial_defences(make: Callable[[], nn.Module], points: int, seed: int) -> Defences:
+    """Return untrained networks whose weights depend on the seed; global random state is left.
+
+    Args:
+        make: Makes an untrained network.
+        points: Number of points of the clean clouds.
+        seed: Of the weights and of EPiC's samples.
+    """
+    with torch.random.fork_rng(devices=[]):  # networks are made on the CPU
+        torch.manual_seed(derived_seed(seed, 0, 1))
+        plain = make()
+        ensemble = EPiC(make, sizes=scaled_sizes(points), seed=seed)
+        return Defences(plain, ensemble, make(), points)
+
+
+def _adam(
+    parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+def _uncritical(
+    network: nn.Module, fewest: int, points: Tensor, index: Tensor, seed: int
+) -> Tensor:
+    del index  # one number of points is drawn for the whole batch
+    generator = torch.Generator().manual_seed(seed)
+    return uncritical_subset(network, points, generator, fewest=fewest)

@@ -1,0 +1,164 @@
+"""How unusual a network's focus on a cloud is, against its focus on clean clouds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cmd_plugin.errors import InputError, NonFiniteError, StateMismatch
+
+__all__ = ["FocusReference", "focus_alarms"]
+
+_BINS = 1 << 16
+_SCHEMA = "cmd_plugin.pointcloud.FocusReference/1"
+
+
+class FocusReference:
+    """Distribution of the normalised entropy H on clean clouds, and distances from it.
+
+    H depends on the number of points, so a reference serves clouds of one size only. It is a
+    histogram: its memory does not grow with the clouds seen, and two of them merge exactly. Median
+    and spread are exact to 1/65536.
+
+    Args:
+        points: Number of points N of the clouds.
+    """
+
+    def __init__(self, points: int) -> None:
+        if points < 1:
+            raise InputError(f"points must be at least 1, got {points}.")
+        self.points = points
+        self.histogram = torch.zeros(_BINS, dtype=torch.int64)
+
+    def update(self, entropy: Tensor) -> None:
+        """Take clean clouds in.
+
+        Args:
+            entropy: [B] normalised entropies in [0, 1].
+
+        Raises:
+            NonFiniteError: If one is NaN.
+        """
+        if not bool(torch.isfinite(entropy).all()):
+            raise NonFiniteError("an entropy is NaN or infinite: leave that cloud out.")
+        place = (entropy.detach().cpu().double() * _BINS).long().clamp_(0, _BINS - 1)
+        self.histogram += torch.bincount(place, minlength=_BINS)
+
+    @property
+    def clouds(self) -> int:
+        """Number of clouds taken in."""
+        return int(self.histogram.sum())
+
+    @property
+    def median(self) -> float:
+        """Median entropy."""
+        return _median(_CENTRES, self.histogram)
+
+    @property
+    def spread(self) -> float:
+        """Median absolute deviation from the median; at least half a bin."""
+        distance = (_CENTRES - self.median).abs()
+        order = distance.argsort()
+        return max(_median(distance[order], self.histogram[order]), 0.5 / _BINS)
+
+    def uncertainty(self, entropy: Tensor, points: int) -> Tensor:
+        """|H - median| in units of the spread, [B] float64; large means an unusual focus.
+
+        Args:
+            entropy: [B] normalised entropies.
+            points: Number of points of these clouds.
+
+        Raises:
+            InputError: If the reference is empty, or for clouds of another size.
+        """
+        if points != self.points:
+            raise InputError(
+                f"this reference is for clouds of {self.points} points, not {points}: entropies "
+                "compare at equal size only."
+            )
+        if self.clouds == 0:
+            raise InputError("the reference is empty: update it with clean clouds first.")
+        return (entropy.double() - self.median).abs() / self.spread
+
+    def merge(self, other: FocusReference) -> None:
+        """Take in the clouds of another reference.
+
+        Raises:
+            StateMismatch: If it is for clouds of another size.
+        """
+        if other.points != self.points:
+            raise StateMismatch(
+                f"references for {self.points} and {other.points} points cannot be merged."
+            )
+        self.histogram += other.histogram
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, tensors and numbers only."""
+        return {"points": self.points, "histogram": self.histogram.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of another reference.
+
+        Raises:
+            StateMismatch: If it does not fit.
+        """
+        histogram = state.get("histogram")
+        if not isinstance(histogram, Tensor) or histogram.shape != (_BINS,):
+            raise StateMismatch("this is not the state of a FocusReference.")
+        self.points = int(state["points"])
+        self.histogram = histogram.to(torch.int64).clone()
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        save_file(
+            {"histogram": self.histogram},
+            str(path),
+            {"schema": _SCHEMA, "points": str(self.points)},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> FocusReference:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: If the file is missing, damaged or something else.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("schema") != _SCHEMA:
+                    raise InputError(f"{path} holds no FocusReference: save one with its save().")
+                reference = cls(int(metadata["points"]))
+                reference.histogram = file.get_tensor("histogram")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} cannot be read ({error}): check the path.") from error
+        return reference
+
+
+_CENTRES = (torch.arange(_BINS, dtype=torch.float64) + 0.5) / _BINS
+
+
+def _median(values: Tensor, counts: Tensor) -> float:
+    """Lower median of ascending values with these counts."""
+    running = counts.cumsum(0)
+    half = (running[-1] + 1) // 2
+    return float(values[int(torch.searchsorted(running, half))])
+
+
+def focus_alarms(entropy: Tensor, limit: float = 5.0) -> Tensor:
+    """Which clouds of a batch have an entropy far from the others', [B] bool.
+
+    Far is more than ``limit`` median absolute deviations from the median; without a reference this
+    finds single odd clouds, not a batch that is odd as a whole.
+
+    Args:
+        entropy: [B] normalised entropies.
+        limit: In median absolute deviations.
+    """
+    distance = (entropy.double() - entropy.double().median()).abs()
+    return distance > limit * distance.median().clamp_min(0.5 / _BINS)

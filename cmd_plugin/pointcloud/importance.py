@@ -1,0 +1,361 @@
+"""What a point network looks at: scores of every point from one forward pass.
+
+Nothing of the network is edited: the tensor that enters its global pool is caught on the way, see
+:mod:`cmd_plugin.pointcloud._interception`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
+from cmd_plugin.kernels import normalised_entropy
+from cmd_plugin.kernels import point_importance as score_features
+from cmd_plugin.pointcloud._interception import (
+    Forward,
+    as_it_is,
+    choose_pool,
+    inner_module,
+    intercept,
+    layer_features,
+    listed,
+)
+from cmd_plugin.pointcloud._pools import Pool, Tap, Watch, first_tensor
+
+__all__ = ["MEASURES", "ImportanceHead", "Measure", "PointImportance", "point_importance"]
+
+Measure = Literal["fbi", "critical", "critical++", "entropy"]
+MEASURES = ("fbi", "critical", "critical++", "entropy")
+
+
+@dataclass(frozen=True)
+class PointImportance:
+    """Scores of points, and where they come from.
+
+    Attributes:
+        scores: [B, N] the measure asked for; 0 for points masked out.
+        norm: [B, N] FBI: norm over channels of each point's feature vector.
+        wins: [B, N] channels of the global maximum that each point wins; None if the pool is no
+            maximum, or with ``measure="fbi"``.
+        entropy: [B] normalised entropy H of the counts over the tokens, in [0, 1]; None like
+            ``wins``.
+        entropy_bits: [B] the same in bits, not divided by log2 of the number of tokens.
+        output: What the network returned (its first tensor).
+        mask: [B, N] bool, True for real points; None if all are.
+        pool: What reduces the tokens, in words, or the name of the layer.
+        channels: Number F of channels.
+        tokens: Number M of tokens; below N if the network samples, and then each point has the
+            scores of the token nearest to it.
+        signed: Whether features can be negative (no activation before the pool).
+        candidates: All reductions over the points that were seen, in their order.
+    """
+
+    scores: Tensor
+    norm: Tensor
+    wins: Tensor | None
+    entropy: Tensor | None
+    entropy_bits: Tensor | None
+    output: Tensor
+    mask: Tensor | None
+    pool: str
+    channels: int
+    tokens: int
+    signed: bool
+    candidates: tuple[str, ...]
+
+    def display(self) -> Tensor:
+        """Scores divided by the largest of each cloud, [B, N] in [0, 1], for a colour map."""
+        return self.scores / (self.scores.amax(dim=1, keepdim=True) + 1e-9)
+
+
+def point_importance(
+    model: nn.Module,
+    points: Tensor,
+    measure: Measure = "fbi",
+    *,
+    norm: float = 1.0,
+    ties: Literal["first", "split"] = "first",
+    mask: Tensor | None = None,
+    forward: Forward = as_it_is,
+    layer: str | nn.Module | None = None,
+    pool: int | None = None,
+    token_axis: int | None = None,
+    tokens: Tensor | None = None,
+) -> PointImportance:
+    r"""Score every point by what it brings to the global pool; one forward pass, any network.
+
+    With X [B, F, M] the features that enter the pool and n the number of channels a token wins:
+
+    - ``"fbi"``: :math:`s_i = \lVert X_{\cdot i} \rVert_1`, Feature Based Interpretability, which is
+      also the soft measure of Critical Points++. It needs no maximum, and is not class specific.
+    - ``"critical"``: 1 for the critical points, those with :math:`n_i > 0`, else 0. With a
+      point-wise network and nothing but a maximum they alone reproduce the output exactly; with
+      neighbourhoods or [max ; mean] heads they do not.
+    - ``"critical++"``: :math:`n_i` itself, the discrete measure of Critical Points++.
+    - ``"entropy"``: :math:`-p_i \log_2 p_i / \log_2 M` with p the smoothed share of the wins: each
+      token's part of the normalised entropy H. (The papers define H only; its parts are ours.)
+
+    The network runs in evaluation mode, without gradients and uncompiled; afterwards it is as it
+    was. If it samples M < N tokens, their coordinates are recognised among the tensors of the
+    forward pass, and each point gets the score of its nearest token.
+
+    Args:
+        model: Any network, also compiled, data-parallel, or under autocast.
+        points: [B, N, C] floating; the first three channels are coordinates.
+        measure: What ``scores`` shall be.
+        norm: Order of the norm of FBI: 1 (published), 2 or inf.
+        ties: What happens to a channel's win if several tokens share the maximum:
+            ``"first"`` or, independent of the order of the points, ``"split"``.
+        mask: [B, N] bool, True for real points of ragged clouds. How the network learns of it is
+            up to ``forward``.
+        forward: How to call the network, by default ``model(points)``. See
+            :func:`channels_first` for networks that take [B, C, N].
+        layer: Name of a module (or the module) whose output is one vector per token, for heads
+            without a pool, such as attention. Counts then need a maximum that was seen as well.
+        pool: Which pool to take if several feed the head: the error lists them.
+        token_axis: Which axis of the layer's output counts the tokens, if that is ambiguous.
+        tokens: [B, M, 3] coordinates of the tokens, if they are not recognised.
+
+    Raises:
+        InputError: If no pool was found, several feed the head, the measure needs a maximum and the
+            pool is none, or the tokens cannot be placed.
+        ShapeError: If points, mask, tokens or the layer's output do not fit.
+        NonFiniteError: If points or features hold NaN or infinite values.
+    """
+    if measure not in MEASURES:
+        raise InputError(f"unknown measure {measure!r}: choose one of {', '.join(MEASURES)}.")
+    _check_points(points, mask)
+    output, watch, hooked = intercept(
+        model, points, forward=forward, mask=mask, layer=layer, pool=pool
+    )
+    counting = measure != "fbi"
+    chosen = _chosen_pool(watch, pool, layer, counting)
+    if hooked is not None:
+        features = layer_features(hooked, len(points), points.shape[1], token_axis)
+        source = f"layer {layer if isinstance(layer, str) else type(layer).__name__}"
+    else:
+        assert chosen is not None  # or _chosen_pool had raised
+        assert chosen.features is not None
+        features, source = chosen.features, str(chosen)
+    way = _way_back(features.shape[2], points, mask, watch, tokens)
+    token_mask = mask if way is None else way.mask
+    scored = score_features(features, token_mask, order=norm, ties=ties, wins=counting)
+    _check_features(scored.norm, source)
+    entropy = bits = parts = None
+    if scored.wins is not None:
+        entropy = normalised_entropy(scored.wins, token_mask)
+        bits = normalised_entropy(scored.wins, token_mask, bits=True)
+        parts = _entropy_parts(scored.wins, token_mask)
+    spread = (lambda x: x) if way is None else way.spread
+    by_point = spread(scored.norm)
+    wins = None if scored.wins is None else spread(scored.wins)
+    scores = by_point
+    if measure == "critical++" and wins is not None:
+        scores = wins.to(by_point.dtype)
+    elif measure == "critical" and wins is not None:
+        scores = (wins > 0).to(by_point.dtype)
+    elif measure == "entropy" and parts is not None:
+        scores = spread(parts).to(by_point.dtype)
+    return PointImportance(
+        scores=scores,
+        norm=by_point,
+        wins=wins,
+        entropy=entropy,
+        entropy_bits=bits,
+        output=_output(output),
+        mask=mask,
+        pool=source,
+        channels=features.shape[1],
+        tokens=features.shape[2],
+        signed=bool(features.amin() < 0),
+        candidates=tuple(str(candidate) for candidate in watch.pools),
+    )
+
+
+def _check_points(points: Tensor, mask: Tensor | None) -> None:
+    if points.ndim != 3 or points.shape[2] < 3 or 0 in points.shape:
+        raise ShapeError(f"points must be [B, N, C] with C at least 3, got {tuple(points.shape)}.")
+    if not points.is_floating_point():
+        raise ShapeError(f"points must be floating point numbers, got {points.dtype}.")
+    if mask is not None and (mask.shape != points.shape[:2] or mask.dtype != torch.bool):
+        raise ShapeError(
+            f"mask must be {tuple(points.shape[:2])} bool, got {tuple(mask.shape)} {mask.dtype}."
+        )
+    real = points if mask is None else points[mask]
+    wrong = int((~torch.isfinite(real)).sum())
+    if wrong:
+        raise NonFiniteError(f"points hold {wrong} NaN or infinite numbers: remove those points.")
+
+
+def _chosen_pool(
+    watch: Watch, wanted: int | None, layer: str | nn.Module | None, counting: bool
+) -> Pool | None:
+    """The pool that scores come from; None if a layer stands in for it."""
+    if layer is not None and not counting:
+        return None
+    chosen = choose_pool(watch.pools, wanted)
+    if counting and (chosen is None or not chosen.is_max):
+        found = "no pool over the points" if chosen is None else f"a {chosen}"
+        raise InputError(
+            f"this network has {found} where its head begins, not a maximum: no point wins "
+            "anything there, so counts, critical points and entropy mean nothing. Use "
+            "measure='fbi'" + ("." if chosen is not None else ", with layer=NAME.")
+        )
+    if chosen is None:
+        raise InputError(
+            "no global pool over the points was found (heads with attention or a class token have "
+            "none): name the layer that holds one vector for each point by layer=NAME."
+        )
+    if chosen.features is None:
+        raise InputError(
+            "the network works on points again after its last pool, so none is the global one: "
+            f"choose one by pool=NUMBER: {listed(watch.pools)}."
+        )
+    return chosen
+
+
+def _check_features(norm: Tensor, source: str) -> None:
+    wrong = int((~torch.isfinite(norm)).sum())
+    if wrong:
+        raise NonFiniteError(
+            f"the features of {wrong} tokens are NaN or infinite ({source}): check the weights, "
+            "and pass mask= if the network hides points behind infinite values."
+        )
+
+
+def _output(output: Any) -> Tensor:
+    value = first_tensor(output)
+    if value is None and isinstance(output, dict):
+        value = next((v for v in output.values() if isinstance(v, Tensor)), None)
+    if value is None:
+        raise InputError("the network returned no tensor: pass forward= that returns its scores.")
+    return value.detach()
+
+
+def _entropy_parts(wins: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, M] float64: each token's part of the normalised entropy."""
+    smooth = wins.double() + 1e-6
+    if mask is not None:
+        smooth = smooth.masked_fill(~mask, 0.0)
+    share = smooth / smooth.sum(dim=1, keepdim=True)
+    parts = -torch.special.xlogy(share, share)
+    total = parts.sum(dim=1, keepdim=True)
+    whole = normalised_entropy(wins, mask).unsqueeze(1)
+    return torch.where(total > 0, parts / total.clamp_min(1e-300) * whole, parts)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """From M tokens back to N points.
+
+    Attributes:
+        index: [B, N] int64, the token nearest to each point.
+        mask: [B, M] bool or None, the tokens that stand at real points.
+        points_mask: [B, N] bool or None.
+    """
+
+    index: Tensor
+    mask: Tensor | None
+    points_mask: Tensor | None
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[B, M] over tokens to [B, N] over points."""
+        result = x.gather(1, self.index)
+        return result if self.points_mask is None else result.masked_fill(~self.points_mask, 0)
+
+
+def _way_back(
+    count: int, points: Tensor, mask: Tensor | None, watch: Watch, tokens: Tensor | None
+) -> _Way | None:
+    """How tokens become points again; None if they are the points, in their order."""
+    places = points[..., :3]
+    if tokens is None and count == points.shape[1]:
+        return None
+    if tokens is None:
+        tokens = next(
+            (t for t in reversed(watch.coordinates) if t.shape[1] == count and _among(t, places)),
+            None,
+        )
+        if tokens is None:
+            raise InputError(
+                f"the network pools over {count} tokens for {points.shape[1]} points and their "
+                "coordinates were not recognised: pass them by tokens=, [B, M, 3]."
+            )
+    if tokens.shape != (len(points), count, 3):
+        raise ShapeError(f"tokens must be {(len(points), count, 3)}, got {tuple(tokens.shape)}.")
+    distance = _distances(places, tokens.to(places.dtype))
+    token_mask = None
+    if mask is not None:
+        token_mask = mask.gather(1, distance.argmin(dim=1))
+        distance = distance.masked_fill(~token_mask.unsqueeze(1), torch.inf)
+    return _Way(distance.argmin(dim=2), token_mask, mask)
+
+
+def _among(tokens: Tensor, places: Tensor) -> bool:
+    """Whether these are coordinates of points of the clouds."""
+    near = _distances(tokens.to(places.dtype), places).amin(dim=2)
+    return bool((near <= 1e-6 * (1.0 + places.abs().amax())).all())
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class ImportanceHead(nn.Module):
+    """A network that also returns scores; the way to have them inside ``torch.compile``.
+
+    Finds the global pool once, on an example, then taps that pool in every forward pass. Compiles
+    with ``fullgraph=True``; hooks registered after compilation would be missed silently. Gradients
+    flow to the network's output as always, and not through the scores.
+
+    Args:
+        model: Any network whose tokens are the points.
+        example: [B, N, C] points of the kind the network will see.
+        norm: Order of the norm: 1, 2 or inf.
+        forward: How to call the network.
+        pool: Which pool to take if several feed the head.
+
+    Raises:
+        InputError: If there is no pool, or several feed the head.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        norm: float = 1.0,
+        forward: Forward = as_it_is,
+        pool: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = inner_module(model)
+        self.norm, self.call = norm, forward
+        _check_points(example, None)
+        _, watch, _ = intercept(self.model, example, forward=forward, pool=pool)
+        chosen = _chosen_pool(watch, pool, None, False)
+        assert chosen is not None  # or it raised
+        if chosen.shape[2] != example.shape[1] or chosen.axis == 0:
+            raise InputError(
+                f"the network pools by {chosen}, not over the {example.shape[1]} points in their "
+                "order: use point_importance, which brings tokens back to points."
+            )
+        self._pool = chosen
+        chosen.features = None
+
+    @override
+    def forward(self, points: Tensor) -> tuple[Any, Tensor]:
+        """The network's output, and FBI scores [B, N] float32."""
+        tap = Tap(self._pool)
+        with tap:
+            output = self.call(self.model, points)
+        entered = tap.entered
+        assert entered is not None
+        rest = [a for a in range(1, entered.ndim) if a != self._pool.axis]
+        wide = entered.detach().float()
+        return output, torch.linalg.vector_norm(wide, self.norm, dim=rest)

@@ -1,0 +1,144 @@
+"""How well a score tells planted points, or corrupted clouds, from the rest.
+
+AUROC, AUPR and FPR95 are torchmetrics' own. What is added is that any real-valued score is allowed
+(torchmetrics puts a sigmoid over scores outside [0, 1], where counts above 17 or so become one
+value in float32), and an interval from resampling whole clouds: points of one cloud are no
+independent observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    BinaryAUROC,
+    BinaryAveragePrecision,
+    BinarySpecificityAtSensitivity,
+)
+
+from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
+from cmd_plugin.kernels.counter_random import CounterRandom
+
+__all__ = [
+    "FalsePositiveRate95",
+    "ScoreAUPR",
+    "ScoreAUROC",
+    "cloud_bootstrap",
+    "outlier_metrics",
+]
+
+_PURPOSE = 0x424F4F54
+
+
+def _unit(score: Tensor) -> Tensor:
+    """Return the scores in (0, 1), order kept: x to (1 + x / (1 + |x|)) / 2 in float64."""
+    bad = int((~score.isfinite()).sum())
+    if bad:
+        raise NonFiniteError(f"scores hold {bad} NaN or infinite values.")
+    wide = score.double()
+    return (1.0 + wide / (1.0 + wide.abs())) / 2.0
+
+
+class ScoreAUROC(BinaryAUROC):
+    """torchmetrics' ``BinaryAUROC`` for scores of any range; higher means outlier."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add scores and labels (1: outlier) of the same shape."""
+        super().update(_unit(preds), target)
+
+
+class ScoreAUPR(BinaryAveragePrecision):
+    """torchmetrics' ``BinaryAveragePrecision`` for scores of any range; higher means outlier."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add scores and labels (1: outlier) of the same shape."""
+        super().update(_unit(preds), target)
+
+
+class FalsePositiveRate95(BinarySpecificityAtSensitivity):
+    """Lowest share of false alarms among thresholds that find 95 % of the outliers.
+
+    Args:
+        thresholds: None (exact, keeps every score) or a number of bins (constant memory).
+        **kwargs: Passed to torchmetrics' ``Metric``.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, thresholds: int | None = None, **kwargs: Any) -> None:
+        super().__init__(min_sensitivity=0.95, thresholds=thresholds, **kwargs)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add scores and labels (1: outlier) of the same shape."""
+        super().update(_unit(preds), target)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """Return the rate, in [0, 1]."""
+        specificity: Tensor = super().compute()[0]
+        return 1.0 - specificity
+
+
+def outlier_metrics(thresholds: int | None = None) -> MetricCollection:
+    """Return AUROC, AUPR and FPR95 as one torchmetrics collection.
+
+    Args:
+        thresholds: None (exact, keeps every score) or a number of bins (constant memory).
+    """
+    return MetricCollection(
+        {
+            "AUROC": ScoreAUROC(thresholds=thresholds),
+            "AUPR": ScoreAUPR(thresholds=thresholds),
+            "FPR95": FalsePositiveRate95(thresholds=thresholds),
+        },
+        # Each class squashes its input itself; grouping would let one update stand for all three,
+        # which is right here as well and three times as cheap.
+        compute_groups=[["AUROC", "AUPR", "FPR95"]],
+    )
+
+
+def cloud_bootstrap(
+    measure: Callable[[Tensor, Tensor], Tensor],
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    rounds: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return a percentile interval of a measure under resampling of clouds with replacement.
+
+    Args:
+        measure: Maps flattened scores and labels to a scalar, for example
+            ``torchmetrics.functional.classification.binary_auroc`` over scores in [0, 1].
+        scores: [B, N] one score per point, or [B] one per cloud.
+        labels: 0 or 1, of the same shape.
+        rounds: Number of resamples.
+        level: Coverage of the interval, in (0, 1).
+        seed: In [0, 2^63).
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        ShapeError: If shapes differ.
+        InputError: If rounds or level make no interval.
+    """
+    if scores.shape != labels.shape or scores.ndim not in (1, 2) or not len(scores):
+        raise ShapeError(
+            "scores and labels must both be [B, N] or [B], got "
+            f"{tuple(scores.shape)} and {tuple(labels.shape)}."
+        )
+    if rounds < 2 or not 0.0 < level < 1.0:
+        raise InputError(f"rounds must be above 1 and level in (0, 1), got {rounds} and {level}.")
+    draws = CounterRandom(seed, torch.arange(rounds), _PURPOSE).integers(len(scores), len(scores))
+    values = [
+        float(measure(scores[pick].flatten(), labels[pick].flatten()))
+        for pick in draws.to(scores.device)
+    ]
+    ends = torch.tensor([(1.0 - level) / 2, (1.0 + level) / 2], dtype=torch.float64)
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(ends).tolist()
+    return low, high

@@ -1,0 +1,129 @@
+"""Compile every launch of every Triton kernel for GPUs that are not here, and check its resources.
+
+The public functions run as they do on a GPU; only the launch itself is replaced, by Triton's
+compiler for compute capability 80 and 90. So what is compiled is what is shipped: signatures,
+constants and options are those of the launches. One line a variant: capability, kernel, function,
+bytes of shared memory.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from cmd_plugin import kernels
+from cmd_plugin.errors import InputError
+from cmd_plugin.kernels import _dispatch
+
+# Bytes a block may have without asking for more: the least of all GPUs of these capabilities.
+SHARED = 48 * 1024
+CAPABILITIES = (80, 90)
+NAMES = {
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_seen: set[str] = set()
+
+
+def compile_instead(self: Any, *arguments: Any, **keywords: Any) -> None:
+    """Stand in for ``JITFunction.run``."""
+    del keywords["grid"], keywords["warmup"]
+    names = self.arg_names
+    given = dict(zip(names, arguments, strict=False))
+    given.update({name: keywords.pop(name) for name in names if name in keywords})
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, parameter) in enumerate(zip(names, self.params, strict=True)):
+        value = given[name]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{NAMES[value.dtype]}"
+            if value.data_ptr() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        elif value == 1:  # as a launch does: one is compiled in, multiples of 16 are made use of
+            signature[name], constants[name] = "constexpr", value
+        else:
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+    key = f"{self.__module__}.{self.__name__} {signature} {constants} {keywords}"
+    if key in _seen:
+        return
+    _seen.add(key)
+    for capability in CAPABILITIES:
+        source = ASTSource(self, signature, constants, attributes)
+        target = GPUTarget("cuda", capability, 32)
+        done = triton.compile(source, target=target, options=keywords)
+        shared = done.metadata.shared
+        assert done.asm["cubin"], key
+        assert shared <= SHARED, f"{shared} bytes of shared memory: {key}"
+        print(f"sm{capability}", self.__module__.split(".")[2], self.__name__, shared)  # noqa: T201
+
+
+def state(dtype: torch.dtype, numel: int = 3000) -> dict[str, torch.Tensor]:
+    """Return a state for [N] weights of a dtype."""
+    number = torch.float64 if dtype == torch.float64 else torch.float32
+    arrays = {name: torch.zeros(numel, dtype=number) for name in ("slope", "mean")}
+    return {"mode": torch.zeros(numel, dtype=torch.uint8), **arrays}
+
+
+def exercise(dtype: torch.dtype, shrink: bool) -> None:
+    """Call every kernel that reads weights, on weights of a dtype."""
+    weights = kernels.FlatView([torch.zeros(3000, dtype=dtype)])
+    arguments = state(dtype)
+    table = torch.zeros(4, dtype=torch.float64)
+    total = torch.ones_like(arguments["mean"]) if shrink else None
+    energy = table if shrink else None
+    both = {"total": total, "energy": energy}
+    kernels.update_affine(weights, **arguments, gain=table, blend=0.1, total=total)
+    out = torch.zeros_like(arguments["mean"])
+    kernels.update_and_reconstruct(
+        weights, **arguments, gain=table, step=table, blend=0.1, **both, out=out
+    )
+    kernels.reconstruct_into(weights, **arguments, step=table, **both)
+    kernels.swap_in(weights, weights.empty_like(), **arguments, step=table, **both)
+    kernels.swap_out(weights, weights.empty_like())
+    kernels.snapshot_delta(weights, arguments["mean"] if shrink else None, out=out)
+    kernels.snapshot_delta(weights, arguments["mean"])
+    flags = torch.zeros(3000, dtype=torch.bool)
+    scale, offset = arguments["slope"], arguments["mean"]
+    kernels.apply_embedding(weights, flags, arguments["mode"], scale, offset, table)
+    gradient = torch.zeros(3000, dtype=dtype)
+    kernels.fold_gradients(gradient, flags, arguments["mode"], scale, 4)
+    with suppress(InputError):  # nothing ran: the number of NaN is whatever the memory held
+        kernels.select_smallest(torch.zeros(3000, dtype=dtype), 100)
+    if dtype in (torch.float32, torch.float64):
+        kernels.coefficient_drift(scale, offset, scale, offset)
+    profiles = torch.randn(3, 5, dtype=torch.float64)
+    base = arguments["mean"] if shrink else None
+    trajectory = torch.zeros(5 - shrink, 3000, dtype=dtype)
+    kernels.assign_and_fit(trajectory, profiles, base)
+    if shrink:
+        kernels.assign_and_fit(trajectory.bfloat16(), profiles, base)
+
+
+def main() -> None:
+    """Compile everything."""
+    JITFunction.run = compile_instead
+    _dispatch.interpreting = lambda: True  # CPU tensors may go to Triton
+    _dispatch._automatic = lambda *_: "triton"
+    for dtype, shrink in product(WEIGHTS, (False, True)):
+        exercise(dtype, shrink)
+
+
+if __name__ == "__main__":
+    main()

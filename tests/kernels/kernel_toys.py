@@ -1,0 +1,42 @@
+"""What the tests of the kernels share."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from cmd_plugin.kernels import flat_view, pointer_table
+
+# Triton interprets kernels only if this was set before their modules were imported.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+PATHS = ("triton",) if INTERPRETING else ("torch", "numba")
+
+# Weights in the largest unit of work of the paths under test: one more needs a second one.
+BLOCK = pointer_table.BLOCK if INTERPRETING else flat_view.BLOCK
+
+_MARGIN = 64
+_SENTINEL = 0x5A
+
+
+class Guards:
+    """Memory around new tensors that nobody may write to."""
+
+    def __init__(self) -> None:
+        self._rooms: list[tuple[Tensor, int, int]] = []
+
+    def surround(self, tensor: Tensor) -> Tensor:
+        """Return a tensor like a CPU one, its bytes between margins."""
+        size = tensor.numel() * tensor.element_size()
+        room = torch.full((size + 2 * _MARGIN,), _SENTINEL, dtype=torch.uint8)
+        self._rooms.append((room, _MARGIN, _MARGIN + size))
+        inside = room[_MARGIN : _MARGIN + size].view(tensor.dtype).view(tensor.shape)
+        return inside.copy_(tensor) if size else tensor
+
+    def check(self) -> None:
+        """Fail if a byte of a margin has changed."""
+        for room, low, high in self._rooms:
+            assert (room[:low] == _SENTINEL).all(), "written before the beginning of a tensor"
+            assert (room[high:] == _SENTINEL).all(), "written beyond the end of a tensor"

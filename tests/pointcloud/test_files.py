@@ -1,0 +1,255 @@
+"""Every format against a file the test writes; damaged ones end in one sentence."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from cmd_plugin import errors
+from cmd_plugin.errors import InputError, MissingDependency, NonFiniteError, StateMismatch
+from cmd_plugin.pointcloud import build_network
+from cmd_plugin.pointcloud.files import (
+    load_cloud,
+    load_hdf5,
+    load_voxels,
+    resampled,
+    voxel_clouds,
+)
+from cmd_plugin.pointcloud.weights import axis_orders, load_weights, read_weights
+
+POINTS = np.array([[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3]], dtype=np.float32)
+HEADER = (
+    "VERSION .7\nFIELDS x y z i\nSIZE 4 4 4 1\nTYPE F F F U\nCOUNT 1 1 1 1\nWIDTH 4\nHEIGHT 1\n"
+)
+HEADER = "# .PCD v.7\n" + HEADER + "VIEWPOINT 0 0 0 1 0 0 0\nPOINTS 4\nDATA "
+
+
+def write(folder: Path, ending: str) -> Path:
+    path = folder / f"cloud{ending}"
+    rows = [" ".join(f"{v:g}" for v in row) for row in POINTS]
+    if ending == ".npy":
+        np.save(path, POINTS)
+    elif ending == ".npy.gz":
+        with gzip.open(path, "wb") as stream:
+            np.save(stream, POINTS)
+    elif ending == ".xyz":
+        path.write_text("\n".join(rows))
+    elif ending == ".csv":
+        path.write_text("\n".join(row.replace(" ", ",") for row in rows))
+    elif ending == ".pcd":
+        path.write_text(HEADER + "ascii\n" + "\n".join(row + " 7" for row in rows) + "\n")
+    elif ending == ".ply":
+        head = "ply\nformat ascii 1.0\nelement vertex 4\nproperty float x\nproperty float y\n"
+        path.write_text(head + "property float z\nend_header\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("ending", [".npy", ".npy.gz", ".xyz", ".csv", ".pcd", ".ply"])
+def test_a_cloud_is_read_as_it_was_written(ending: str, tmp_path: Path) -> None:
+    if ending == ".ply":
+        pytest.importorskip("trimesh")
+    cloud = load_cloud(write(tmp_path, ending))
+    assert cloud.dtype == torch.float32
+    assert cloud.tolist() == POINTS.tolist()
+
+
+def test_binary_pcd_with_missing_points(tmp_path: Path) -> None:
+    rows = [struct.pack("<fffB", *row, 7) for row in POINTS.tolist()]
+    rows[2] = struct.pack("<fffB", float("nan"), float("nan"), float("nan"), 0)
+    path = tmp_path / "scan.pcd"
+    path.write_bytes((HEADER + "binary\n").encode() + b"".join(rows))
+    assert load_cloud(path).tolist() == POINTS[[0, 1, 3]].tolist()
+    path.write_bytes((HEADER + "binary\n").encode() + b"".join(rows)[:-1])
+    with pytest.raises(InputError, match="ends before its 4 points"):
+        load_cloud(path)
+    path.write_bytes((HEADER + "binary_compressed\n").encode())
+    with pytest.raises(InputError, match="convert it"):
+        load_cloud(path)
+    path.write_text("hello\n")
+    with pytest.raises(InputError, match="no PCD file"):
+        load_cloud(path)
+
+
+def test_meshes_are_sampled_evenly_by_area(tmp_path: Path) -> None:
+    pytest.importorskip("trimesh")
+    path = tmp_path / "two.off"  # two squares, one of them nine times as large
+    path.write_text("OFF\n8 4 0\n0 0 0\n1 0 0\n1 1 0\n0 1 0\n5 0 0\n8 0 0\n8 3 0\n5 3 0\n")
+    with path.open("a") as stream:
+        stream.write("3 0 1 2\n3 0 2 3\n3 4 5 6\n3 4 6 7\n")
+    cloud = load_cloud(path, 2000, seed=1)
+    assert cloud.shape == (2000, 3)
+    share = float((cloud[:, 0] < 2).double().mean())
+    assert abs(share - 0.1) < 3 * (0.1 * 0.9 / 2000) ** 0.5
+    assert torch.equal(cloud, load_cloud(path, 2000, seed=1))
+    assert not torch.equal(cloud, load_cloud(path, 2000, seed=2))
+
+
+def test_resampling_repeats_nothing_while_there_is_enough() -> None:
+    cloud = torch.arange(30.0).view(10, 3)
+    some = resampled(cloud, 7, seed=4)
+    assert len(set(some[:, 0].tolist())) == 7
+    more = resampled(cloud, 25)
+    assert more[:, 0].unique(return_counts=True)[1].tolist().count(3) == 5
+    with pytest.raises(InputError):
+        resampled(cloud, 0)
+
+
+def test_bad_clouds_end_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no file"):
+        load_cloud(tmp_path / "nothing.npy")
+    (tmp_path / "cloud.doc").write_text("x")
+    with pytest.raises(InputError, match="unknown kind"):
+        load_cloud(tmp_path / "cloud.doc")
+    for name in ("bad.npy", "bad.npy.gz", "bad.xyz"):
+        (tmp_path / name).write_bytes(b"\x93 not a number")
+        with pytest.raises(InputError, match=r"cannot be read.*copy it again"):
+            load_cloud(tmp_path / name)
+    np.save(tmp_path / "flat.npy", np.zeros(5))
+    with pytest.raises(InputError, match="not a cloud"):
+        load_cloud(tmp_path / "flat.npy")
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_cloud(tmp_path / "objects.npy")
+    np.save(tmp_path / "nan.npy", np.full((4, 3), np.nan))
+    with pytest.raises(NonFiniteError, match="4 points"):
+        load_cloud(tmp_path / "nan.npy")
+
+
+def test_modelnet_style_hdf5(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    data = np.random.default_rng(0).normal(size=(6, 20, 3)).astype(np.float32)
+    for part in (0, 1):
+        with h5py.File(tmp_path / f"train{part}.h5", "w") as file:
+            file["data"] = data[3 * part : 3 * part + 3]
+            file["label"] = np.array([[0], [1], [2]], dtype=np.uint8)
+    files = [tmp_path / "train0.h5", tmp_path / "train1.h5"]
+    clouds = load_hdf5(files, points=8)
+    assert torch.equal(clouds.points, torch.from_numpy(data[:, :8]))
+    assert clouds.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert clouds.classes == ("0", "1", "2")
+    (tmp_path / "shape_names.txt").write_text("bed\nchair\ndesk\n")
+    assert load_hdf5(files).classes == ("bed", "chair", "desk")
+    with pytest.raises(InputError, match="ask for fewer"):
+        load_hdf5(files, points=50)
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["pixels"] = data
+    with pytest.raises(InputError, match="holds pixels"):
+        load_hdf5([tmp_path / "other.h5"])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_hdf5([tmp_path / "missing.h5"])
+    with pytest.raises(InputError, match="no HDF5 file"):
+        load_hdf5([])
+
+
+def test_a_missing_package_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(errors.importlib, "import_module", absent)
+    with pytest.raises(MissingDependency, match=r"cmd-plugin\[points\]"):
+        load_hdf5([tmp_path / "a.h5"])
+
+
+def test_voxels_become_clouds_of_their_surface(tmp_path: Path) -> None:
+    grid = np.zeros((3, 1, 8, 8, 8))
+    grid[1, 0, 1:6, 1:6, 1:4] = 1.0
+    grid[2, 0, :, 0, 0] = 1.0
+    np.save(tmp_path / "voxels.npy", grid)
+    grids = load_voxels(tmp_path / "voxels.npy")
+    assert grids.shape == (2, 8, 8, 8)  # the empty one is left out
+    clouds = voxel_clouds(grids, 500, seed=2)
+    assert clouds.shape == (2, 500, 3)
+    assert float(clouds.norm(dim=2).amax()) == pytest.approx(1.0)
+    assert torch.equal(voxel_clouds(grids[:1], 500, seed=2)[0], clouds[0])
+    extent = clouds[0].amax(dim=0) - clouds[0].amin(dim=0)
+    # 5 x 5 x 3 voxels: with the last two axes exchanged, the second is the short one.
+    assert extent[1] / extent[0] == pytest.approx(3 / 5, abs=0.03)
+    assert extent[2] / extent[0] == pytest.approx(1.0, abs=0.03)
+    centre = clouds[0] - (clouds[0].amax(dim=0) + clouds[0].amin(dim=0)) / 2
+    assert (centre.abs() / (extent / 2) > 0.33).any(dim=1).all()  # nothing from the inside
+    np.save(tmp_path / "flat.npy", np.zeros((3, 4)))
+    with pytest.raises(InputError, match="not voxel grids"):
+        load_voxels(tmp_path / "flat.npy")
+    with pytest.raises(InputError, match="no file"):
+        load_voxels(tmp_path / "none.npy")
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def test_weights_load_from_any_usual_wrapping(tmp_path: Path) -> None:
+    network = build_network("dgcnn", 4, width=0.25)
+    state = network.state_dict()
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save({"epoch": 3, "model_state_dict": state}, tmp_path / "nested.pth")
+    torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "wrapped.t7")
+    torch.save(state, tmp_path / "legacy.t7", _use_new_zipfile_serialization=False)
+    save_file({k: v.clone() for k, v in state.items()}, tmp_path / "safe.safetensors")
+    for path in sorted(tmp_path.iterdir()):
+        other = build_network("dgcnn", 4, width=0.25)
+        load_weights(other, path)
+        assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items()), path.name
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, (self.folder,))
+
+
+def test_pickles_are_refused_and_nothing_in_them_runs(tmp_path: Path) -> None:
+    torch.save({"weights": Evil(str(tmp_path / "made"))}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="no plain weights"):
+        read_weights(tmp_path / "evil.pt")
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(InputError, match="no plain weights"):
+        read_weights(tmp_path / "text.pt")
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    with pytest.raises(InputError, match="holds no weights"):
+        read_weights(tmp_path / "empty.pt")
+    (tmp_path / "bad.safetensors").write_bytes(b"12345678")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_weights(tmp_path / "bad.safetensors")
+    with pytest.raises(InputError, match="no file"):
+        read_weights(tmp_path / "none.pt")
+
+
+def test_weights_of_another_network_name_the_first_difference(tmp_path: Path) -> None:
+    torch.save(build_network("pointnet", 4, width=0.25).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(StateMismatch, match="another network"):
+        load_weights(build_network("dgcnn", 4, width=0.25), tmp_path / "a.pt")
+    with pytest.raises(StateMismatch, match="number of classes and the width"):
+        load_weights(build_network("pointnet", 5, width=0.25), tmp_path / "a.pt")
+
+
+class Upright(nn.Module):
+    """Answers 1 if the cloud is taller in its second axis than wide in the others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        extent = x.amax(dim=1) - x.amin(dim=1)
+        tall = extent[:, 1] - torch.maximum(extent[:, 0], extent[:, 2])
+        return torch.stack((-tall, tall), dim=1)
+
+
+def test_the_axis_check_finds_the_order_the_network_was_trained_on() -> None:
+    points = torch.rand(5, 50, 3) * torch.tensor([1.0, 2.0, 5.0])
+    ones = torch.ones(5, dtype=torch.int64)
+    best = axis_orders(Upright(), points, ones)
+    assert best[0].axes in ((0, 2, 1), (1, 2, 0))
+    assert [order.accuracy for order in best] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert axis_orders(Upright(), points)[0].accuracy is None
+    with pytest.raises(InputError):
+        axis_orders(Upright(), points[0])
