@@ -17,6 +17,7 @@ from cmd_plugin.kernels.fold_gradients import fold_gradients
 from cmd_plugin.kernels.knn import Neighbours, knn
 from cmd_plugin.kernels.point_importance import (
     PointScores,
+    entropy_parts,
     normalised_entropy,
     point_importance,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "assign_and_fit",
     "coefficient_drift",
     "curve_walk",
+    "entropy_parts",
     "farthest_point_sampling",
     "fold_gradients",
     "knn",

@@ -22,10 +22,12 @@ __all__ = [
     "as_it_is",
     "channels_first",
     "choose_pool",
+    "evaluating",
     "inner_module",
     "intercept",
     "layer_features",
     "listed",
+    "scores_of",
 ]
 
 Forward = Callable[[nn.Module, Tensor], Any]
@@ -53,21 +55,42 @@ def inner_module(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put networks into evaluation mode; every module gets its own mode back afterwards."""
+    training = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def scores_of(output: Any) -> Tensor:
+    """The class scores in what a network returned: its first tensor.
+
+    Raises:
+        InputError: If there is none.
+    """
+    value = first_tensor(output)
+    if value is None and isinstance(output, dict):
+        value = next((v for v in output.values() if isinstance(v, Tensor)), None)
+    if value is None:
+        raise InputError("the network returned no tensor: pass forward= that returns its scores.")
+    return value
+
+
+@contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode, no gradients, no compiler; modes and random numbers as before afterwards."""
-    training = [(module, module.training) for module in model.modules()]
     devices = [device] if device.type == "cuda" else []
     # Whatever was compiled runs uncompiled here: a compiled graph calls no torch functions. Before
     # the first compilation there is nothing to switch off, and asking would load the compiler.
     compiler = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), eager:
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), eager, evaluating(model):
+        yield
 
 
 def intercept(

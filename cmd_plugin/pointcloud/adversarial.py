@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.pointcloud._interception import Forward, as_it_is
+from cmd_plugin.pointcloud._interception import Forward, as_it_is, evaluating
 from cmd_plugin.pointcloud.importance import point_importance
 from cmd_plugin.pointcloud.refocus import importance_order
 
@@ -153,9 +153,7 @@ def gradient_attack(
     """
     generator = torch.Generator().manual_seed(seed)
     normals = estimate_normals(points) if tangential else None
-    training = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
+    with evaluating(network):
         with torch.no_grad():
             wrong = network(points).argmax(dim=1) != labels
         before, best, moved = wrong.clone(), points.clone(), points.clone()
@@ -178,9 +176,6 @@ def gradient_attack(
             wrong = wrong | fooled
             if bool(wrong.all()):
                 break
-    finally:
-        for module, flag in training:
-            module.training = flag
     return Attack(best, wrong, before, queries)
 
 
@@ -211,18 +206,11 @@ def query_attack(
 
     Source: Huang et al., CVPR 2022 (SI-Adv), in the protocol of the Critical Points++ code.
     """
-    modules = [*target.modules(), *surrogate.modules()]
-    training = [(module, module.training) for module in modules]
-    target.eval()
-    surrogate.eval()
-    try:
+    with evaluating(target, surrogate):
         rows = [
             _query_one(target, surrogate, points[[n]], labels[[n]], min(step, limit), queries)
             for n in range(len(points))
         ]
-    finally:
-        for module, flag in training:
-            module.training = flag
     moved, success, before, count = zip(*rows, strict=True)
     return Attack(
         torch.cat(moved), torch.tensor(success), torch.tensor(before), torch.tensor(count)

@@ -67,7 +67,7 @@ class FocusReference:
         return max(_median(distance[order], self.histogram[order]), 0.5 / _BINS)
 
     def uncertainty(self, entropy: Tensor, points: int) -> Tensor:
-        """|H - median| in units of the spread, [B] float64; large means an unusual focus.
+        """Distance of H from the median in units of the spread, [B] float64; large is unusual.
 
         Args:
             entropy: [B] normalised entropies.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
-from cmd_plugin.kernels import normalised_entropy
+from cmd_plugin.kernels import entropy_parts, normalised_entropy
 from cmd_plugin.kernels import point_importance as score_features
 from cmd_plugin.pointcloud._interception import (
     Forward,
@@ -24,8 +24,9 @@ from cmd_plugin.pointcloud._interception import (
     intercept,
     layer_features,
     listed,
+    scores_of,
 )
-from cmd_plugin.pointcloud._pools import Pool, Tap, Watch, first_tensor
+from cmd_plugin.pointcloud._pools import Pool, Tap, Watch
 
 __all__ = ["MEASURES", "ImportanceHead", "Measure", "PointImportance", "point_importance"]
 
@@ -150,7 +151,7 @@ def point_importance(
     if scored.wins is not None:
         entropy = normalised_entropy(scored.wins, token_mask)
         bits = normalised_entropy(scored.wins, token_mask, bits=True)
-        parts = _entropy_parts(scored.wins, token_mask)
+        parts = entropy_parts(scored.wins, token_mask)
     spread = (lambda x: x) if way is None else way.spread
     by_point = spread(scored.norm)
     wins = None if scored.wins is None else spread(scored.wins)
@@ -167,12 +168,12 @@ def point_importance(
         wins=wins,
         entropy=entropy,
         entropy_bits=bits,
-        output=_output(output),
+        output=scores_of(output).detach(),
         mask=mask,
         pool=source,
         channels=features.shape[1],
         tokens=features.shape[2],
-        signed=bool(features.amin() < 0),
+        signed=_signed(features, token_mask),
         candidates=tuple(str(candidate) for candidate in watch.pools),
     )
 
@@ -228,25 +229,10 @@ def _check_features(norm: Tensor, source: str) -> None:
         )
 
 
-def _output(output: Any) -> Tensor:
-    value = first_tensor(output)
-    if value is None and isinstance(output, dict):
-        value = next((v for v in output.values() if isinstance(v, Tensor)), None)
-    if value is None:
-        raise InputError("the network returned no tensor: pass forward= that returns its scores.")
-    return value.detach()
-
-
-def _entropy_parts(wins: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, M] float64: each token's part of the normalised entropy."""
-    smooth = wins.double() + 1e-6
+def _signed(features: Tensor, mask: Tensor | None) -> bool:
     if mask is not None:
-        smooth = smooth.masked_fill(~mask, 0.0)
-    share = smooth / smooth.sum(dim=1, keepdim=True)
-    parts = -torch.special.xlogy(share, share)
-    total = parts.sum(dim=1, keepdim=True)
-    whole = normalised_entropy(wins, mask).unsqueeze(1)
-    return torch.where(total > 0, parts / total.clamp_min(1e-300) * whole, parts)
+        features = features.masked_fill(~mask.unsqueeze(1), 0.0)
+    return bool(features.amin() < 0)
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.pointcloud._interception import Forward, as_it_is, inner_module
-from cmd_plugin.pointcloud._pools import first_tensor
+from cmd_plugin.pointcloud._interception import (
+    Forward,
+    as_it_is,
+    evaluating,
+    inner_module,
+    scores_of,
+)
 from cmd_plugin.pointcloud.importance import PointImportance, point_importance
 
 __all__ = [
@@ -165,17 +170,12 @@ def run_on(model: nn.Module, points: Tensor, kept: Tensor, forward: Forward = as
     """
     network = inner_module(model)
     counts = kept.sum(dim=1)
-    training = [(module, module.training) for module in network.modules()]
-    network.eval()
     rows: list[Tensor | None] = [None] * len(points)
-    try:
+    with evaluating(network):
         for clouds, subset in _equal_sized(points, kept, counts):
-            output = _scores(forward(network, subset))
+            output = scores_of(forward(network, subset))
             for cloud, row in zip(clouds.tolist(), output, strict=True):
                 rows[cloud] = row
-    finally:
-        for module, flag in training:
-            module.training = flag
     return torch.stack([row for row in rows if row is not None])
 
 
@@ -183,13 +183,6 @@ def _equal_sized(points: Tensor, kept: Tensor, counts: Tensor) -> Iterator[tuple
     for count in sorted(set(counts.tolist())):
         clouds = (counts == count).nonzero().flatten()
         yield clouds, points[clouds][kept[clouds]].view(len(clouds), count, -1)
-
-
-def _scores(output: Any) -> Tensor:
-    value = first_tensor(output)
-    if value is None:
-        raise InputError("the network returned no tensor: pass forward= that returns its scores.")
-    return value
 
 
 def uncritical_subset(

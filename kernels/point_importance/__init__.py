@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
+from cmd_plugin.kernels._point_backend import choose
 from cmd_plugin.kernels.point_importance import _blocked, reference
 
-__all__ = ["PointScores", "normalised_entropy", "point_importance"]
+__all__ = ["PointScores", "entropy_parts", "normalised_entropy", "point_importance"]
 
 _SMOOTHING = 1e-6  # added to every count before the entropy, as in the authors' code
 
@@ -36,6 +37,7 @@ def point_importance(
     order: float = 1.0,
     ties: Literal["first", "split"] = "first",
     wins: bool = True,
+    backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> PointScores:
     r"""Score the tokens whose features X [B, F, M] a maximum over M reduces to [B, F].
 
@@ -54,14 +56,25 @@ def point_importance(
             index; ``"split"`` gives each an equal share, which alone is independent of the order
             of the tokens.
         wins: Whether to count.
+        backend: ``"triton"`` reads the features once (CUDA; counts with ``ties="first"`` only),
+            ``"torch"`` works everywhere; ``"auto"`` takes the first where it can.
 
     Raises:
         ShapeError: If shapes or dtypes do not fit.
-        InputError: If ``order`` or ``ties`` is unknown.
+        InputError: If ``order`` or ``ties`` is unknown, or the backend cannot run on these.
+        MissingDependency: If ``backend="triton"`` and Triton is not installed.
     """
     _check(features, mask, order, ties)
     features = features.detach()
     split = wins and ties == "split"
+    if backend == "triton" and split:
+        raise InputError("backend='triton' gives ties to the first token: use 'auto' to split.")
+    used = choose("point_importance", backend, features.device, triton=not split)
+    if used == "triton":
+        # Imported here: only who has a GPU needs Triton.
+        from cmd_plugin.kernels.point_importance import _triton
+
+        return PointScores(*_triton.point_importance(features, mask, order, wins=wins))
     if features.device.type != "cpu":
         norm = reference.norms(features, mask, order)
         return PointScores(norm, reference.wins(features, mask, ties) if wins else None)
@@ -69,6 +82,32 @@ def point_importance(
     if split:
         return PointScores(norm, reference.wins(features, mask, ties))
     return PointScores(norm, _blocked.wins(features, mask) if wins else None)
+
+
+def entropy_parts(wins: Tensor, mask: Tensor | None = None, *, bits: bool = False) -> Tensor:
+    r"""Each token's part of the entropy of the counts, :math:`-p_i \log_2 p_i / \log_2 M`.
+
+    Args:
+        wins: [B, M] counts.
+        mask: [B, M] bool, True for real tokens; the others have no part.
+        bits: Do not divide by :math:`\log_2 M`.
+
+    Returns:
+        [B, M] float64.
+
+    Raises:
+        ShapeError: If the shapes do not fit.
+    """
+    if wins.ndim != 2 or (mask is not None and mask.shape != wins.shape):
+        raise ShapeError(f"wins and mask must both be [B, M], got {tuple(wins.shape)}.")
+    real = torch.ones_like(wins, dtype=torch.bool) if mask is None else mask
+    smooth = (wins.double() + _SMOOTHING).masked_fill(~real, 0.0)
+    share = smooth / smooth.sum(dim=1, keepdim=True)
+    parts: Tensor = -torch.special.xlogy(share, share) / math.log(2.0)
+    if bits:
+        return parts
+    tokens = real.sum(dim=1, keepdim=True).double()
+    return torch.where(tokens > 1, parts / tokens.log2(), share)
 
 
 def normalised_entropy(wins: Tensor, mask: Tensor | None = None, *, bits: bool = False) -> Tensor:
@@ -91,17 +130,7 @@ def normalised_entropy(wins: Tensor, mask: Tensor | None = None, *, bits: bool =
     Raises:
         ShapeError: If the shapes do not fit.
     """
-    if wins.ndim != 2 or (mask is not None and mask.shape != wins.shape):
-        raise ShapeError(f"wins and mask must both be [B, M], got {tuple(wins.shape)}.")
-    smooth = wins.double() + _SMOOTHING
-    if mask is not None:
-        smooth = smooth.masked_fill(~mask, 0.0)
-    share = smooth / smooth.sum(dim=1, keepdim=True)
-    entropy: Tensor = -torch.special.xlogy(share, share).sum(dim=1) / math.log(2.0)
-    if bits:
-        return entropy
-    tokens = torch.full_like(entropy, wins.shape[1]) if mask is None else mask.sum(dim=1).double()
-    return torch.where(tokens > 1, entropy / tokens.log2(), torch.ones_like(entropy))
+    return entropy_parts(wins, mask, bits=bits).sum(dim=1)
 
 
 def _check(features: Tensor, mask: Tensor | None, order: float, ties: str) -> None:

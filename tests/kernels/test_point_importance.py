@@ -166,5 +166,9 @@ def test_bad_input_is_refused() -> None:
         point_importance(HAND, order=3.0)
     with pytest.raises(InputError, match="ties must be"):
         point_importance(HAND, ties="last")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="use 'auto' to split"):
+        point_importance(HAND, ties="split", backend="triton")
+    with pytest.raises(InputError, match="not one of"):
+        point_importance(HAND, backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="wins and mask"):
         normalised_entropy(torch.zeros(3))

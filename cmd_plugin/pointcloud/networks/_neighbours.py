@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from cmd_plugin.kernels import farthest_point_sampling
 
 __all__ = ["ball_query", "farthest_points", "gather_points", "nearest"]
 
@@ -35,15 +39,9 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
     Returns:
         [B, min(count, N)] int64, in the order they were picked.
     """
-    batch, total, _ = points.shape
-    count = min(count, total)
-    picked = torch.zeros(batch, count, dtype=torch.int64, device=points.device)
-    distance = torch.full((batch, total), torch.inf, dtype=points.dtype, device=points.device)
-    for step in range(1, count):
-        last = points.gather(1, picked[:, step - 1, None, None].expand(-1, 1, 3))
-        distance = torch.minimum(distance, (points - last).square().sum(dim=2))
-        picked[:, step] = distance.argmax(dim=1)
-    return picked
+    # A library may break ties otherwise; a network must answer alike whatever is installed.
+    backend: Literal["auto", "torch"] = "auto" if points.is_cuda else "torch"
+    return farthest_point_sampling(points.detach(), min(count, points.shape[1]), backend=backend)
 
 
 def ball_query(centres: Tensor, points: Tensor, radius: float, count: int) -> Tensor:
