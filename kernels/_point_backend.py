@@ -9,11 +9,9 @@ from torch import Tensor
 
 from cmd_plugin.errors import InputError, MissingDependency, NonFiniteError, ShapeError
 from cmd_plugin.kernels import _dispatch
-from cmd_plugin.kernels._dispatch import VARIABLE, _installed, _last, last_backend
+from cmd_plugin.kernels._dispatch import VARIABLE, _installed, _last
 
-__all__ = ["choose", "last_point_backend", "require_clouds"]
-
-last_point_backend = last_backend  # one record for all kernels
+__all__ = ["choose", "require_clouds"]
 
 _EXTRA = {"fpsample": "points"}
 
