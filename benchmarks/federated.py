@@ -11,7 +11,7 @@ Rows are appended to ``results/federated.jsonl`` as runs end; a run that is ther
 The problems are small on purpose, so that two cores finish: 1000 training images at 16x16 pixels
 (CIFAR-10) or 14x14 (MNIST) over 10 clients, a network of 15 thousand weights, 40 rounds. By then
 FedAvg is still getting better on CIFAR-10, which is the hard case for a method that takes weights
-out of training.
+out of training. The first row of the result file says what was and was not run.
 """
 
 from __future__ import annotations
@@ -131,16 +131,21 @@ class Results:
         lines = path.read_text().splitlines() if path is not None and path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
+    def find(
+        self, kind: str, method: str, options: dict[str, Any], seed: int
+    ) -> dict[str, Any] | None:
+        """Return a row, None if it is not there."""
+        wanted = (kind, method, options, seed)
+        for row in self.rows:
+            if (row["kind"], row["method"], row["options"], row["seed"]) == wanted:
+                return row
+        return None
+
     def get(self, kind: str, method: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
         """Return a row, running it first if it is not there."""
-        for row in self.rows:
-            if (row["kind"], row["method"], row["options"], row["seed"]) == (
-                kind,
-                method,
-                options,
-                seed,
-            ):
-                return row
+        row = self.find(kind, method, options, seed)
+        if row is not None:
+            return row
         row = {"kind": kind, "method": method, "seed": seed, "options": options}
         row |= run_once(options, seed, self.data_root)
         row["machine"] = describe_machine()
@@ -244,6 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--only", choices=[*PROBLEMS], help="one data set")
     parser.add_argument("--partition", choices=PARTITIONS, help="one way of splitting it")
+    parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--out", type=Path, help="result file; default results/federated.jsonl")
     options = parser.parse_args(arguments)
     path = options.out or (None if options.quick else RESULTS / "federated.jsonl")
@@ -270,9 +276,12 @@ def main(arguments: list[str] | None = None) -> None:
             groups = found.setdefault(title, {})
             for seed in seeds:
                 for method, extra in rows.items():
-                    row = results.get("report", method, {**problem, **extra}, seed)
-                    groups.setdefault(method, []).append(row)
+                    look = results.find if options.report else results.get
+                    row = look("report", method, {**problem, **extra}, seed)
+                    if row is not None:
+                        groups.setdefault(method, []).append(row)
                     progress.advance(bar)
+    found = {title: groups for title, groups in found.items() if len(groups) == len(rows)}
     console = Console(width=140)
     if not options.quick:
         console.print(f"schedule chosen on seed 0: {chosen}", highlight=False)

@@ -1,6 +1,6 @@
 """Do EPiC and refocusing help against corruptions? Networks trained here, seven corruptions.
 
-    python -m benchmarks.point_robustness                      # procedural shapes; 10 CPU-minutes
+    python -m benchmarks.point_robustness                      # procedural shapes, 12 CPU-minutes
     python -m benchmarks.point_robustness --data-root DIR      # and ModelNet10 chairs and monitors
     python -m benchmarks.point_robustness --longer 4           # four times the epochs, own files
 

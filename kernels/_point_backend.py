@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import os
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, MissingDependency, NonFiniteError, ShapeError
+from cmd_plugin.kernels import _dispatch
+from cmd_plugin.kernels._dispatch import VARIABLE, _installed, _last
 
-__all__ = ["choose", "interpreting", "last_point_backend", "require_clouds"]
+__all__ = ["choose", "require_clouds"]
 
-VARIABLE = "CMD_PLUGIN_BACKEND"
 _EXTRA = {"fpsample": "points"}
-
-_last: dict[str, str] = {}
-
-
-def last_point_backend(kernel: str) -> str | None:
-    """Return which implementation of a kernel ran last in this process; None: none has."""
-    return _last.get(kernel)
-
-
-def interpreting() -> bool:
-    """Whether Triton interprets its kernels in Python, on CPU tensors, instead of compiling."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def choose(
@@ -37,7 +24,7 @@ def choose(
     library: str | None = None,
     triton: bool = True,
 ) -> str:
-    """Decide which implementation runs, and remember it for :func:`last_point_backend`.
+    """Decide which implementation runs, and remember it for ``last_backend()``.
 
     ``"auto"`` means the environment variable ``CMD_PLUGIN_BACKEND`` if it names an implementation
     this kernel has; otherwise Triton on CUDA devices, the library on CPUs where it is installed,
@@ -68,7 +55,7 @@ def choose(
             raise InputError(
                 f"backend='triton': these clouds are too large for {kernel}: use auto."
             )
-        if device.type != "cuda" and not interpreting():
+        if device.type != "cuda" and not _dispatch.interpreting():
             raise InputError(
                 f"backend='triton' runs on CUDA devices and these clouds are on {device}: use "
                 "'auto', or TRITON_INTERPRET=1 to check a kernel on a CPU."
@@ -80,6 +67,7 @@ def choose(
             raise MissingDependency(f"backend={library!r}: run pip install {what}.")
         if device.type != "cpu":
             raise InputError(f"backend={library!r} runs on CPUs and these clouds are on {device}.")
+    _last.pop(kernel, None)
     _last[kernel] = backend
     return backend
 
@@ -89,11 +77,6 @@ def _automatic(device: torch.device, library: str | None, triton: bool) -> str:
         return "triton" if triton and _installed("triton") else "torch"
     usable = library is not None and device.type == "cpu" and _installed(library)
     return library if usable and library is not None else "torch"
-
-
-@cache
-def _installed(package: str) -> bool:
-    return find_spec(package) is not None
 
 
 def require_clouds(name: str, clouds: Tensor) -> None:

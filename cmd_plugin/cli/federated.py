@@ -58,7 +58,8 @@ def simulate(
     model: Annotated[
         str,
         typer.Option(
-            help="cnn (57k parameters), or any timm or torchvision name.", rich_help_panel=_DATA
+            help="cnn (57k parameters), cnn:WIDTH, or any timm or torchvision name.",
+            rich_help_panel=_DATA,
         ),
     ] = "cnn",
     image_size: Annotated[

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cmd_plugin import __version__
+from cmd_plugin.cli.bench import bench
 from cmd_plugin.cli.decompose import decompose
 from cmd_plugin.cli.federated import app as federated
 from cmd_plugin.cli.points import points
@@ -61,6 +62,7 @@ def _options(
 
 app.command("train")(train)
 app.command("decompose")(decompose)
+app.add_typer(bench, name="bench")
 app.add_typer(federated)
 app.add_typer(points)
 

@@ -245,9 +245,10 @@ def make_strategy(config: FederatedConfig, *, available: int | None = None) -> S
 class OrderedGrid(MeteredGrid):
     """A metered grid that lists nodes by their ``partition-id``.
 
-    Flower's engines number nodes at random; strategies sample from the list, and sum replies in
-    its order. Each new node is asked once which part of the data it has. These questions are
-    set-up and not part of :attr:`traffic`; a node that does not answer is left out.
+    Flower's engines number nodes at random; strategies sample from the list. Replies come in the
+    order of the partitions as well, whatever order clients were sampled in. Each new node is asked
+    once which part of the data it has. These questions are set-up and not part of :attr:`traffic`;
+    a node that does not answer is left out.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -269,7 +270,22 @@ class OrderedGrid(MeteredGrid):
                 answer = cast(MetricRecord, reply.content["node"])
                 self.partitions[reply.metadata.src_node_id] = int(cast(int, answer["partition-id"]))
         known = [node for node in present if node in self.partitions]
-        return sorted(known, key=lambda node: (self.partitions[node], node))
+        return sorted(known, key=self._place)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Return the replies in the order of the partitions.
+
+        The order of sums decides their last bits; in that of arrival no two runs would be equal.
+        """
+        messages = list(messages)
+        replies = super().send_and_receive(messages, timeout=timeout)
+        node = {m.metadata.message_id: m.metadata.dst_node_id for m in messages}
+        return sorted(replies, key=lambda r: self._place(node.get(r.metadata.reply_to_message_id)))
+
+    def _place(self, node: int | None) -> tuple[int, int]:
+        return self.partitions.get(node or 0, len(self.partitions)), node or 0
 
 
 def serve(

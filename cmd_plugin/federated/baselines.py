@@ -27,9 +27,9 @@ class APFStrategy(FrameStrategy):
     r"""Adaptive Parameter Freezing (Chen et al., ICDCS 2021): do not send weights that oscillate.
 
     For every weight that was sent, moving averages E of the global update and A of its absolute
-    value give the effective perturbation |E| / A. Below the threshold the weight has settled: it
-    keeps its value for a period that grows by one round each time, and shrinks to half when it is
-    found moving. When more than 80 % are frozen the threshold is halved.
+    value give the effective perturbation ``|E| / A``. Below the threshold the weight has settled:
+    it keeps its value for a period that grows by one round each time, and shrinks to half when it
+    is found moving. When more than 80 % are frozen the threshold is halved.
 
     The paper's clients derive the mask themselves. Here the server sends it, N / 8 bytes a message,
     so that clients may come and go; :attr:`mask_bytes` says how much that was.

@@ -91,7 +91,7 @@ class ModeCodec:
         return Known(self.packing.identity, self.plan.identity, self.values_identity)
 
     def squeeze(self, flat: Flat) -> Flat:
-        """Return the free values [N - |E|] of a flat vector [N].
+        """Return the free values ``[N - |E|]`` of a flat vector [N].
 
         Averaging squeezed vectors and expanding is averaging expanded ones, because weights of an
         average sum to one; a secure sum may therefore run on these.
@@ -99,7 +99,7 @@ class ModeCodec:
         return flat[self.plan.free]
 
     def expand(self, squeezed: Flat) -> Flat:
-        """Return the flat vector [N] of free values [N - |E|], embedded weights on their curves."""
+        """Return the flat vector [N] of free values ``[N - |E|]``, the others on their curves."""
         flat = np.zeros(self.packing.numel, self.packing.dtype)
         flat[self.plan.free] = squeezed
         return self.plan.expand(flat)

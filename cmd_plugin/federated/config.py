@@ -55,7 +55,7 @@ class FederatedConfig:
         seed: Seed of initial weights, partition, sampling of clients, order of images and modes.
         threads: CPU threads of each client; other numbers may change the last bits of results.
         engine: ``"inprocess"`` runs clients in this process one after another, ``"ray"`` on
-            Flower's simulation engine in parallel; the results are the same, bit for bit.
+            Flower's simulation engine in parallel; see :func:`simulate`.
 
     Raises:
         InputError: If an option is out of range.

@@ -105,8 +105,10 @@ class InProcessGrid(Grid):
         *,
         timeout: float | None = None,  # noqa: ARG002 Flower's signature; nothing is waited for
     ) -> Iterable[Message]:
-        """Run the client of each message and return the replies in the same order."""
-        return [self._deliver(message) for message in messages]
+        """Run the client of each message, and return the replies in the order of the nodes."""
+        place = {node: number for number, node in enumerate(self.contexts)}
+        ordered = sorted(messages, key=lambda m: place.get(m.metadata.dst_node_id, len(place)))
+        return [self._deliver(message) for message in ordered]
 
     def _deliver(self, message: Message) -> Message:
         self._sent += 1

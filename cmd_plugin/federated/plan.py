@@ -36,10 +36,10 @@ class Plan:
 
     Attributes:
         references: [M] int64 flat positions; never embedded.
-        members: [|E|] int64 ascending flat positions of the embedded weights.
-        mode: [|E|] uint8 reference each member follows.
-        scale: [|E|] float64 slopes a, rounded to what is sent.
-        offset: [|E|] float64 offsets b, rounded to what is sent.
+        members: ``[|E|]`` int64 ascending flat positions of the embedded weights.
+        mode: ``[|E|]`` uint8 reference each member follows.
+        scale: ``[|E|]`` float64 slopes a, rounded to what is sent.
+        offset: ``[|E|]`` float64 offsets b, rounded to what is sent.
         identity: 64-bit identity; 0 while nothing is embedded.
     """
 
@@ -56,12 +56,12 @@ class Plan:
 
     @property
     def fraction(self) -> float:
-        """Share of embedded weights, |E| / N."""
+        """Share of embedded weights, ``|E| / N``."""
         return len(self.members) / self.numel
 
     @property
     def free(self) -> Indices:
-        """[N - |E|] int64 ascending positions of the weights that are sent."""
+        """``[N - |E|]`` int64 ascending positions of the weights that are sent."""
         return np.flatnonzero(~self.embedded)
 
     def embed(

@@ -39,9 +39,9 @@ def quantise(
 ) -> tuple[bytes, bytes]:
     r"""Round values to :math:`s\,q`, q a whole number in -(2^(bits-1) - 1)..2^(bits-1) - 1.
 
-    Each block of 256 has the scale s = max|v| / (2^(bits-1) - 1). The error is below s, and with
-    a generator its mean is zero (stochastic rounding, as FedPAQ and QSGD need it); without one it
-    is at most s / 2.
+    Each block of 256 has the scale ``s = max|v| / (2^(bits-1) - 1)``. The error is below s, and
+    with a generator its mean is zero (stochastic rounding, as FedPAQ and QSGD need it); without one
+    it is at most s / 2.
 
     Args:
         values: [n], finite.

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from cmd_plugin import __version__
 from cmd_plugin.errors import InputError, PluginError, require
+from cmd_plugin.federated._flower import numpy_arrays
 from cmd_plugin.federated.apps import (
     OrderedGrid,
     data_of,
@@ -38,6 +39,7 @@ from cmd_plugin.federated.apps import (
 from cmd_plugin.federated.baselines import APFStrategy
 from cmd_plugin.federated.config import FederatedConfig
 from cmd_plugin.federated.inprocess import InProcessGrid
+from cmd_plugin.federated.packing import Packing
 from cmd_plugin.federated.report import write_report
 from cmd_plugin.federated.strategy import FrameStrategy
 from cmd_plugin.federated.traffic import Traffic
@@ -105,7 +107,9 @@ def simulate(
     """Run a federation on this machine, with the ServerApp and ClientApp that also deploy.
 
     Clients run in this process, or with ``engine="ray"`` on Flower's simulation engine; the results
-    are the same, bit for bit. ``method="fedavg"`` is Flower's FedAvg, unwrapped.
+    are the same, bit for bit, as long as all clients take part. (With a ``fraction`` below 1
+    Flower draws from Python's global generator, which ray's threads use as well.)
+    ``method="fedavg"`` is Flower's FedAvg, unwrapped.
 
     Args:
         config: The options.
@@ -326,7 +330,7 @@ def _summary(
         "bytes_of_fedavg": (traffic.bytes_up + traffic.bytes_down) / fedavg,
         "mask_bytes": strategy.mask_bytes if isinstance(strategy, APFStrategy) else 0,
         "embedded_fraction": last.embedded_fraction,
-        "parameters": framed.codec.packing.numel if framed else None,
+        "parameters": Packing.of(numpy_arrays(initial_arrays(config))).numel,
         "rounds": [vars(r) for r in rounds],
         "refusals": [str(refusal) for refusal in framed.refusals] if framed else [],
         "resyncs": framed.resyncs if framed else 0,

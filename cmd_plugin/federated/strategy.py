@@ -64,7 +64,6 @@ class _Sent:
     """What went to one node in the present phase."""
 
     message: Message
-    place: int
     frame: Frame
     key: str
     content: RecordDict
@@ -120,6 +119,7 @@ class FrameStrategy(Strategy):
         self._codec: ModeCodec | None = None
         self._known: dict[int, Known] = {}
         self._sent: dict[int, _Sent] = {}
+        self._order: dict[int, int] = {}
         self._grid: Grid | None = None
         self.round = 0
         self.raw: Arrays = {}
@@ -191,9 +191,10 @@ class FrameStrategy(Strategy):
         self.flat = self.codec.packing.flatten(named)
         self.raw = {e.name: named[e.name] for e in self.codec.packing.raw_entries(with_local=True)}
         self.prepare()
-        return [self._framed(message, place) for place, message in enumerate(messages)]
+        self._order = {node: place for place, node in enumerate(grid.get_node_ids())}
+        return [self._framed(message) for message in messages]
 
-    def _framed(self, message: Message, place: int) -> Message:
+    def _framed(self, message: Message) -> Message:
         content = message.content
         keys = list(content.array_records)
         if len(keys) != 1:
@@ -206,7 +207,7 @@ class FrameStrategy(Strategy):
         frame = self.frame_for(self._known.get(node, Known()))
         message.content = with_record(content, keys[0], framed(frame))
         self.traffic.count_down(message, plain)
-        self._sent[node] = _Sent(message, place, frame, keys[0], content)
+        self._sent[node] = _Sent(message, frame, keys[0], content)
         return message
 
     # -- back -------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ class FrameStrategy(Strategy):
     def _decode(
         self, server_round: int, replies: Iterable[Message], *, training: bool
     ) -> list[Message]:
-        """Return the usable replies in the order in which their messages were sent."""
+        """Return the usable replies in the order in which the grid lists their nodes."""
         accepted: dict[int, Message] = {}
         by_message = {s.message.metadata.message_id: node for node, s in self._sent.items()}
         for reply in self._with_resyncs(replies, by_message):
@@ -271,7 +272,9 @@ class FrameStrategy(Strategy):
                     self._acknowledge(node, sent.frame)
             self.traffic.plain_up += serialised_bytes(reply)
         self._drop_inconsistent(server_round, accepted)
-        return [accepted[node] for node in self._sent if node in accepted]
+        last = len(self._order)
+        nodes = sorted(accepted, key=lambda node: (self._order.get(node, last), node))
+        return [accepted[node] for node in nodes]
 
     def _with_resyncs(
         self, replies: Iterable[Message], by_message: dict[str, int]
@@ -293,7 +296,7 @@ class FrameStrategy(Strategy):
                 old.message.metadata.message_type,
             )
             self.traffic.count_down(message, 0)
-            self._sent[node] = _Sent(message, old.place, frame, old.key, old.content)
+            self._sent[node] = _Sent(message, frame, old.key, old.content)
             again.append(message)
         if again and self._grid is not None:
             answers = list(self._grid.send_and_receive(again))

@@ -63,9 +63,6 @@ class Traffic:
 class MeteredGrid(Grid):
     """A Grid that counts every message that goes through another one.
 
-    It also gives replies in the order in which their messages were sent. The order of sums decides
-    their last bits; in the order of arrival no two runs would be equal.
-
     Args:
         grid: The engine's grid.
 
@@ -117,15 +114,13 @@ class MeteredGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Count both ways; replies come in the order of the messages."""
+        """Count both ways."""
         messages = list(messages)
         for message in messages:
             self.traffic.count_down(message)
         replies = list(self._grid.send_and_receive(messages, timeout=timeout))
         self._count_up(replies)
-        order = {message.metadata.message_id: place for place, message in enumerate(messages)}
-        last = len(order)
-        return sorted(replies, key=lambda r: order.get(r.metadata.reply_to_message_id, last))
+        return replies
 
     def _count_up(self, replies: list[Message]) -> None:
         for reply in replies:

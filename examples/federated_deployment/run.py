@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,10 @@ class Federation:
         log = self.folder / f"{name}.log"
         self._wait(lambda: text in log.read_text(errors="replace"), f"{text!r} in {log}", timeout_s)
 
-    def wait_until(self, condition: Any, what: str, *, timeout_s: float = 600.0) -> None:
-        """Wait until a condition holds."""
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, *, timeout_s: float = 600.0
+    ) -> None:
+        """Wait until a condition holds, as long as all processes run."""
         self._wait(condition, what, timeout_s)
 
     def stop(self) -> None:
@@ -153,17 +155,29 @@ class Federation:
 
         self._wait(answers, "the SuperLink to listen", 180.0)
 
-    def _wait(self, condition: Any, what: str, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
+    def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+        def done() -> bool:
             for name, process in self.processes.items():
                 if process.poll() is not None:
                     raise RuntimeError(
                         f"{name} ended with {process.returncode}: see {self.folder / name}.log."
                     )
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {timeout_s:.0f} s for {what}.")
-            time.sleep(0.2)
+            return condition()
+
+        wait_until(done, what, timeout_s=timeout_s)
+
+
+def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float) -> None:
+    """Wait until a condition holds.
+
+    Raises:
+        TimeoutError: If it does not in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s:.0f} s for {what}.")
+        time.sleep(0.2)
 
 
 def _toml(value: Any) -> str:

@@ -27,7 +27,7 @@ def _knn(
     squared,
     size,
     asked,
-    largest,
+    LARGEST: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -49,7 +49,7 @@ def _knn(
         else:
             distance += offset * offset
     # A real distance that overflows must not look like a point that is gone.
-    distance = tl.minimum(distance, largest)
+    distance = tl.minimum(distance, LARGEST)
     distance = tl.where(column[None, :] < size, distance, far)
     if EXCLUDE_SELF:
         distance = tl.where(row[:, None] == column[None, :], far, distance)
@@ -84,7 +84,7 @@ def knn(points: Tensor, queries: Tensor, k: int, exclude_self: bool) -> tuple[Te
                 squared,
                 size,
                 count,
-                torch.finfo(dtype).max,
+                LARGEST=torch.finfo(dtype).max,
                 C=axes,
                 K=k,
                 ROWS=rows,

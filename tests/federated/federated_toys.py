@@ -168,11 +168,14 @@ class TappedGrid(MeteredGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Keep both ways, and do to the replies what the test asks for."""
+        """Keep both ways in the order of the messages; do to replies what the test asks for."""
         sent = list(messages)
         if not sent:  # a phase that is switched off
             return []
+        place = {message.metadata.dst_node_id: number for number, message in enumerate(sent)}
         replies = list(super().send_and_receive(sent, timeout=timeout))
+        names = {m.metadata.message_id: m.metadata.dst_node_id for m in sent}
+        replies.sort(key=lambda r: place[names[r.metadata.reply_to_message_id]])
         if self.tamper is not None:
             replies = self.tamper(len(self.phases), replies)
         # Copies: a strategy puts decoded arrays into the replies it is given.

@@ -116,6 +116,19 @@ def exercise(dtype: torch.dtype, shrink: bool) -> None:
         kernels.assign_and_fit(trajectory.bfloat16(), profiles, base)
 
 
+def exercise_points(dtype: torch.dtype) -> None:
+    """Call every kernel that reads clouds."""
+    for size, axes in ((1000, 3), (4000, 5)):
+        points = torch.zeros(2, size, axes, dtype=dtype)
+        for exclude_self in (False, True):
+            kernels.knn(points, 19, exclude_self=exclude_self, backend="triton")
+    points = torch.zeros(2, 1000, 3, dtype=dtype)
+    kernels.farthest_point_sampling(points, 100, backend="triton")
+    table = torch.zeros(2, 1000, 19, dtype=torch.int64)
+    start = torch.zeros(2, 4, dtype=torch.int64)
+    kernels.curve_walk(table, start, 512, seed=2**40, backend="triton")
+
+
 def main() -> None:
     """Compile everything."""
     JITFunction.run = compile_instead
@@ -123,6 +136,8 @@ def main() -> None:
     _dispatch._automatic = lambda *_: "triton"
     for dtype, shrink in product(WEIGHTS, (False, True)):
         exercise(dtype, shrink)
+    for dtype in (torch.float32, torch.float64):
+        exercise_points(dtype)
 
 
 if __name__ == "__main__":

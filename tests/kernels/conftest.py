@@ -1,4 +1,4 @@
-"""Every test runs on each path; kernels get memory full of NaN between margins nobody may touch.
+"""Tests run on each path their marker names; new memory is full of NaN, between guarded margins.
 
 ``TRITON_INTERPRET=1 pytest tests/kernels -m interpret`` runs the same tests on Triton's
 interpreter; :mod:`test_other_processes` does that in a process of its own.
@@ -36,11 +36,11 @@ from cmd_plugin.kernels import _dispatch  # noqa: E402
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test on every path, or on those its ``paths`` marker names; on none if it is empty."""
+    """Run a test on the paths its ``paths`` marker names, of those this process has."""
     marker = metafunc.definition.get_closest_marker("paths")
-    chosen = PATHS if marker is None else [path for path in PATHS if path in marker.args]
-    if marker is None or marker.args:
+    if marker is not None:
         marks = {"triton": [pytest.mark.interpret]}
+        chosen = [path for path in PATHS if path in marker.args]
         params = [pytest.param(path, marks=marks.get(path, [])) for path in chosen]
         metafunc.parametrize("path", params, indirect=True)
 
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def elsewhere(item: pytest.Item) -> bool:
         marker = item.get_closest_marker("paths")
-        return marker is not None and bool(marker.args) and not {*marker.args} & {*PATHS}
+        return marker is not None and not {*marker.args} & {*PATHS}
 
     left_out = [item for item in items if elsewhere(item)]
     config.hook.pytest_deselected(items=left_out)

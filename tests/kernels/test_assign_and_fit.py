@@ -17,6 +17,8 @@ from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.kernels import AffineFit, assign_and_fit
 from cmd_plugin.kernels.assign_and_fit import _blocked, reference
 
+pytestmark = pytest.mark.paths("torch", "numba", "triton")
+
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -15,6 +15,8 @@ from cmd_plugin.kernels.counter_random import (
     sample_index,
 )
 
+pytestmark = pytest.mark.paths()  # plain PyTorch on every path
+
 
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
-from cmd_plugin.kernels import curve_walk, knn
-from cmd_plugin.kernels._point_backend import last_point_backend
+from cmd_plugin.kernels import curve_walk, knn, last_backend
 from cmd_plugin.kernels.curve_walk import reference
+
+pytestmark = pytest.mark.paths()  # each names the paths it is about itself
 
 
 def table(batch: int, size: int = 40, k: int = 6) -> Tensor:
@@ -24,7 +25,7 @@ def test_equals_the_specification(length: int, k: int) -> None:
     start = torch.tensor([[0, 5], [39, 0], [7, 7]])
     index = torch.tensor([4, 0, 2**35 + 9])
     result = curve_walk(neighbours, start, length, seed=2**33 + 5, index=index)
-    assert last_point_backend("curve_walk") == "torch"
+    assert last_backend("curve_walk") == "torch"
     assert torch.equal(result, reference.curve_walk(neighbours, start, length, 2**33 + 5, index))
 
 

@@ -20,8 +20,6 @@ from cmd_plugin.kernels import (
     update_affine,
 )
 
-pytestmark = pytest.mark.paths()
-
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MANY = 1 << 20
 

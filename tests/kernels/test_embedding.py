@@ -15,6 +15,8 @@ from cmd_plugin.kernels.apply_embedding import reference as apply_reference
 from cmd_plugin.kernels.coefficient_drift import reference as drift_reference
 from cmd_plugin.kernels.fold_gradients import reference as fold_reference
 
+pytestmark = pytest.mark.paths("torch", "numba", "triton")
+
 SIZES = [1, 2, 7, 1001, BLOCK + 3]
 STATES = [torch.float32, torch.float64]
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cmd_plugin.errors import MissingDependency, NonFiniteError, ShapeError
 from cmd_plugin.kernels import _point_backend as point_backend
-from cmd_plugin.kernels import farthest_point_sampling
-from cmd_plugin.kernels._point_backend import last_point_backend
+from cmd_plugin.kernels import farthest_point_sampling, last_backend
+
+pytestmark = pytest.mark.paths()  # each names the paths it is about itself
 
 Backend = Literal["torch", "fpsample"]
 
@@ -48,7 +49,7 @@ def test_every_pick_maximises_the_distance(
     points = clouds(3, size, axes)
     start = torch.tensor([0, size - 1, size // 2])
     result = farthest_point_sampling(points, count, start, backend=backend)
-    assert last_point_backend("farthest_point_sampling") == backend
+    assert last_backend("farthest_point_sampling") == backend
     assert torch.equal(result[:, 0], start)
     for cloud, picked in zip(points, result, strict=True):
         assert_farthest(cloud, picked, 4 * torch.finfo(torch.float32).eps)
@@ -97,7 +98,7 @@ def test_without_the_library_auto_takes_torch(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(point_backend, "_installed", lambda package: package != "fpsample")
     points = clouds(1, 10)
     farthest_point_sampling(points, 3)
-    assert last_point_backend("farthest_point_sampling") == "torch"
+    assert last_backend("farthest_point_sampling") == "torch"
     with pytest.raises(MissingDependency, match=r'pip install "cmd-plugin\[points\]"'):
         farthest_point_sampling(points, 3, backend="fpsample")
 

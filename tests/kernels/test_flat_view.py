@@ -14,8 +14,6 @@ from torch import Tensor
 from cmd_plugin.errors import ShapeError
 from cmd_plugin.kernels import FlatView
 
-pytestmark = pytest.mark.paths()  # nothing is dispatched here
-
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

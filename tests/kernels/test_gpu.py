@@ -13,7 +13,6 @@ from cmd_plugin import kernels
 from cmd_plugin.kernels import FlatView, last_backend
 
 pytestmark = [
-    pytest.mark.paths(),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]

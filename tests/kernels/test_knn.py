@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
-from cmd_plugin.kernels import knn
-from cmd_plugin.kernels._point_backend import VARIABLE, last_point_backend
+from cmd_plugin.kernels import knn, last_backend
+from cmd_plugin.kernels._dispatch import VARIABLE
 from cmd_plugin.kernels.knn import reference
+
+pytestmark = pytest.mark.paths()  # each names the paths it is about itself
 
 Backend = Literal["torch", "scipy"]
 BACKENDS: list[Backend] = ["torch", "scipy"]
@@ -33,7 +35,7 @@ def test_equals_the_specification(
     points, queries = clouds(2, size, axes).to(dtype), clouds(2, 7, axes, seed=1).to(dtype)
     for k in {1, min(5, size), size}:
         result = knn(points, k, queries, backend=backend)
-        assert last_point_backend("knn") == backend
+        assert last_backend("knn") == backend
         positions, squared = reference.knn(points.double(), queries.double(), k, False)
         assert torch.equal(result.positions, positions)
         assert result.squared.dtype == dtype
@@ -79,7 +81,7 @@ def test_many_axes_keep_precision_far_from_the_origin() -> None:
     points = clouds(1, 120, 64).double()
     near = reference.knn(points, points, 6, True)[0]
     moved = knn(points + 1e4, 6, exclude_self=True)
-    assert last_point_backend("knn") == "torch"
+    assert last_backend("knn") == "torch"
     assert torch.equal(moved.positions, near)
 
 
@@ -109,15 +111,15 @@ def test_gradients_are_not_needed_and_not_followed() -> None:
 def test_environment_chooses_for_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
     points = clouds(1, 10)
     knn(points, 2)
-    assert last_point_backend("knn") == "scipy"
+    assert last_backend("knn") == "scipy"
     monkeypatch.setenv(VARIABLE, "torch")
     knn(points, 2)
-    assert last_point_backend("knn") == "torch"
+    assert last_backend("knn") == "torch"
     knn(points, 2, backend="scipy")
-    assert last_point_backend("knn") == "scipy"
+    assert last_backend("knn") == "scipy"
     monkeypatch.setenv(VARIABLE, "numba")  # other kernels have it, this one does not
     knn(points, 2)
-    assert last_point_backend("knn") == "scipy"
+    assert last_backend("knn") == "scipy"
 
 
 def test_bad_input() -> None:
@@ -143,3 +145,11 @@ def test_bad_input() -> None:
     points[0, 3, 1] = torch.nan
     with pytest.raises(NonFiniteError, match="1 NaN or infinite"):
         knn(points, 1)
+
+
+def test_triton_by_name_on_a_cpu_is_refused() -> None:
+    points = clouds(1, 4)
+    with pytest.raises(InputError, match="runs on CUDA devices"):
+        knn(points, 1, backend="triton")
+    with pytest.raises(InputError, match="too large for knn"):
+        knn(torch.zeros(1, 8193, 3), 1, backend="triton")

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from cmd_plugin.kernels.mode_table import ModeTable
 
-pytestmark = pytest.mark.paths()  # nothing is dispatched here
-
 
 def at_offset(vector: Tensor, offset: int) -> Tensor:
     """The same values, ``offset`` elements into a larger storage."""

@@ -1,47 +1,23 @@
-"""The Triton path of ``point_importance``, interpreted on a CPU and compiled for GPUs elsewhere.
-
-Triton reads ``TRITON_INTERPRET`` when a kernel is defined, so the tests marked interpreted run in a
-pytest process of their own, which the first one starts.
-"""
+"""The Triton path of ``point_importance``, interpreted on a CPU and compiled for GPUs elsewhere."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.kernels import point_importance
-from cmd_plugin.kernels._point_backend import last_point_backend
+from cmd_plugin.kernels import last_backend, point_importance
 from cmd_plugin.kernels.point_importance import reference
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the child process")
-
-pytestmark = pytest.mark.interpret
+pytestmark = pytest.mark.paths()
+interpreted = pytest.mark.paths("triton")  # runs on the interpreter, see conftest.py
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the child process")
-def test_all_below_in_a_process_of_its_own() -> None:
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
-    assert " passed" in child.stdout, child.stdout
-
-
-@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel cannot be compiled")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("number", ["fp32", "bf16", "fp64"])
 def test_it_compiles_for_gpus_this_machine_need_not_have(
@@ -74,7 +50,6 @@ def test_it_compiles_for_gpus_this_machine_need_not_have(
             assert built.metadata.shared <= 48 * 1024
 
 
-@pytest.mark.skipif(INTERPRETED, reason="there the CPU is allowed")
 def test_triton_by_name_on_a_cpu_is_refused() -> None:
     with pytest.raises(InputError, match="runs on CUDA devices"):
         point_importance(torch.zeros(1, 2, 3), backend="triton")
@@ -93,7 +68,7 @@ def test_norms_and_counts_with_ties_everywhere(
     mask[:, -1] = True
     for hidden in (None, mask):
         found = point_importance(features, hidden, order=order, backend="triton")
-        assert last_point_backend("point_importance") == "triton"
+        assert last_backend("point_importance") == "triton"
         expected = reference.norms(features, hidden, order)
         torch.testing.assert_close(found.norm, expected, rtol=2**-22, atol=0)
         assert torch.equal(found.wins, reference.wins(features, hidden, "first"))  # type: ignore[arg-type]
@@ -132,7 +107,7 @@ def test_nan_features_write_nothing_out_of_bounds() -> None:
 def test_a_gpu_agrees_with_the_cpu_at_real_size() -> None:
     features = torch.randint(-50, 50, (16, 1024, 1024)).float()
     found = point_importance(features.cuda())
-    assert last_point_backend("point_importance") == "triton"
+    assert last_backend("point_importance") == "triton"
     expected = point_importance(features)
     assert torch.equal(found.norm.cpu(), expected.norm)
     assert torch.equal(found.wins.cpu(), expected.wins)  # type: ignore[union-attr, arg-type]

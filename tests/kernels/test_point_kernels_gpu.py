@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cmd_plugin.kernels import curve_walk, farthest_point_sampling, knn
-from cmd_plugin.kernels._point_backend import last_point_backend
+from cmd_plugin.kernels import curve_walk, farthest_point_sampling, knn, last_backend
 
 pytestmark = [
+    pytest.mark.paths(),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
@@ -24,7 +24,7 @@ def grid(batch: int, size: int) -> torch.Tensor:
 def test_neighbours(size: int) -> None:
     points = grid(3, size)
     result = knn(points.cuda(), 20, exclude_self=True)
-    assert last_point_backend("knn") == "triton"
+    assert last_backend("knn") == "triton"
     expected = knn(points, 20, exclude_self=True)
     assert torch.equal(result.positions.cpu(), expected.positions)
     assert torch.equal(result.squared.cpu(), expected.squared)
@@ -34,7 +34,7 @@ def test_neighbours(size: int) -> None:
 def test_farthest_points(size: int) -> None:
     points = grid(3, size)
     result = farthest_point_sampling(points.cuda(), 60)
-    assert last_point_backend("farthest_point_sampling") == "triton"
+    assert last_backend("farthest_point_sampling") == "triton"
     assert torch.equal(result.cpu(), farthest_point_sampling(points, 60, backend="torch"))
 
 
@@ -43,5 +43,5 @@ def test_walks() -> None:
     table = knn(points, 19, exclude_self=True).positions
     start = farthest_point_sampling(points, 4, backend="torch")
     result = curve_walk(table.cuda(), start.cuda(), 512, seed=2**40)
-    assert last_point_backend("curve_walk") == "triton"
+    assert last_backend("curve_walk") == "triton"
     assert torch.equal(result.cpu(), curve_walk(table, start, 512, seed=2**40))

@@ -13,6 +13,8 @@ from cmd_plugin.errors import ShapeError
 from cmd_plugin.kernels import FlatView, reconstruct, reconstruct_into
 from cmd_plugin.kernels.reconstruct import reference
 
+pytestmark = pytest.mark.paths("torch", "numba", "triton")
+
 
 def state(
     numel: int, modes: int, dtype: torch.dtype = torch.float32, seed: int = 0

@@ -29,8 +29,8 @@ def state(numel: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_short_vectors_keep_every_bit(backend: str, bad: float) -> None:
+@pytest.mark.paths("torch", "numba", "triton")
+def test_short_vectors_keep_every_bit(path: str, bad: float) -> None:
     gain, arrays = state(SMALL)
     weights = torch.randn(SMALL)
     weights[500] = bad
@@ -41,7 +41,7 @@ def test_short_vectors_keep_every_bit(backend: str, bad: float) -> None:
         gain,
         0.25,
         total=arrays["total"],
-        backend=backend,  # type: ignore[arg-type]
+        backend=path,  # type: ignore[arg-type]
     )
     assert not math.isfinite(squares)
     for name, array in arrays.items():
@@ -54,9 +54,9 @@ def test_short_vectors_keep_every_bit(backend: str, bad: float) -> None:
     ids=["not finite", "overflow", "overflow of a few"],
 )
 @pytest.mark.parametrize("decay", [1.0, 0.9])
-@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.paths("torch", "numba", "triton")
 def test_what_is_found_on_the_way_is_taken_back(
-    backend: str, decay: float, numel: int, bad: tuple[float, ...]
+    path: str, decay: float, numel: int, bad: tuple[float, ...]
 ) -> None:
     gain, arrays = state(numel)
     weights = torch.randn(numel, generator=torch.Generator().manual_seed(1))
@@ -71,7 +71,7 @@ def test_what_is_found_on_the_way_is_taken_back(
         blend,
         decay,
         arrays["total"],
-        backend=backend,  # type: ignore[arg-type]
+        backend=path,  # type: ignore[arg-type]
     )
     assert not math.isfinite(squares)
     assert torch.equal(arrays["mode"], before["mode"])

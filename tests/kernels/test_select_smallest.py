@@ -14,6 +14,8 @@ from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.kernels import select_smallest
 from cmd_plugin.kernels.select_smallest import reference
 
+pytestmark = pytest.mark.paths("torch", "numba", "triton")
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

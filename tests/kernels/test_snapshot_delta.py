@@ -13,6 +13,8 @@ from cmd_plugin.errors import ShapeError
 from cmd_plugin.kernels import FlatView, snapshot_delta
 from cmd_plugin.kernels.snapshot_delta import reference
 
+pytestmark = pytest.mark.paths("torch", "numba", "triton")
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from cmd_plugin.errors import ShapeError
 from cmd_plugin.kernels import FlatView, reconstruct_into, swap_in, swap_out
 
+pytestmark = pytest.mark.paths("torch", "numba", "triton")
+
 
 def state(numel: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,8 @@ from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.kernels import FlatView, update_affine
 from cmd_plugin.kernels.update_affine import reference
 
+pytestmark = pytest.mark.paths("torch", "numba", "triton")
+
 
 def state(
     numel: int, modes: int, dtype: torch.dtype, seed: int = 0

@@ -11,6 +11,8 @@ from cmd_plugin.errors import ShapeError
 from cmd_plugin.kernels import FlatView, update_and_reconstruct
 from cmd_plugin.kernels.update_and_reconstruct import reference
 
+pytestmark = pytest.mark.paths("torch", "numba", "triton")
+
 
 def state(numel: int, modes: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)

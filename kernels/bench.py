@@ -1,0 +1,167 @@
+"""Measure every kernel against the copy bandwidth of its device, and against its specification."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmd_plugin.errors import InputError
+from cmd_plugin.kernels._dispatch import last_backend
+from cmd_plugin.kernels.bench_cases import CASES, Case, Problem
+
+__all__ = ["KERNELS", "measure_kernels"]
+
+KERNELS = tuple(case.name for case in CASES)
+
+_CHECKED = 1 << 18  # weights of the problem whose errors are measured
+_SECONDS = 1.0  # how long a baseline is repeated, at most
+
+
+def measure_kernels(
+    size: int = 10_000_000,
+    names: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    repeats: int = 15,
+    compiled: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield one row a kernel.
+
+    A row has the median seconds of a call and their 20 and 80 % quantiles; ``gbps``, the bytes that
+    have to be moved over the median; ``fraction_of_copy``, that over the bandwidth of the fastest
+    ``Tensor.copy_`` between two vectors of N float32, copied in turn with the kernel in the same
+    run on the same device; ``speedup_vs_eager`` and ``speedup_vs_compile``, the time of the
+    specification in float32, as it is and through ``torch.compile``, over the kernel's; and
+    ``max_error``, the largest deviation from the specification in float64 relative to the largest
+    value, over a problem of at most 2^18 weights.
+
+    Args:
+        size: Number of weights N.
+        names: Kernels to measure, of :data:`KERNELS`; none means all.
+        device: ``"auto"`` (a CUDA device if there is one), ``"cpu"`` or ``"cuda"``.
+        repeats: Calls that are timed.
+        compiled: Whether to measure ``torch.compile`` of the specification, where there is a
+            compiler. It takes up to a minute a kernel.
+        progress: Called with the name of each kernel before it is measured.
+
+    Raises:
+        InputError: If an argument is out of range, or there is no CUDA device where one was asked
+            for.
+    """
+    unknown = sorted({*names} - {*KERNELS})
+    if unknown:
+        raise InputError(f"unknown kernel {unknown[0]!r}: choose from {', '.join(KERNELS)}.")
+    if size < 1000:
+        raise InputError(f"size must be at least 1000 weights, got {size}.")
+    if repeats < 1:
+        raise InputError(f"repeats must be at least 1, got {repeats}.")
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {device!r}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here: use --device cpu.")
+    gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    place = torch.device("cuda" if gpu else "cpu")
+    for case in CASES:
+        if not names or case.name in names:
+            if progress is not None:
+                progress(case.name)
+            with torch.no_grad():
+                yield _measure(case, size, place, repeats, compiled)
+
+
+def _measure(
+    case: Case, size: int, device: torch.device, repeats: int, compiled: bool
+) -> dict[str, Any]:
+    problem = Problem(size, device)
+    run, specification = case.prepare(problem)
+    source, target = torch.zeros(2, size, device=device)
+    taken: list[float] = []
+    copied: list[float] = []
+    run("auto")  # compiles
+    backend = last_backend(case.name)
+    for _ in range(repeats):
+        copied.append(_time(lambda: target.copy_(source), device))
+        taken.append(_time(lambda: run("auto"), device))
+    seconds = statistics.median(taken)
+    bandwidth = 8 * size / min(copied)
+    moved = case.bytes_per_weight * size / seconds
+    eager = _baseline(specification, device, repeats)
+    fused, why_not = _through_compiler(specification, device, repeats) if compiled else (None, "")
+    row: dict[str, Any] = {
+        "kernel": case.name,
+        "backend": backend,
+        "device": device.type,
+        "size": size,
+        "bytes_per_weight": case.bytes_per_weight,
+        "seconds": seconds,
+        "seconds_p20": _quantile(taken, 0.2),
+        "seconds_p80": _quantile(taken, 0.8),
+        "gbps": moved / 1e9,
+        "copy_gbps": bandwidth / 1e9,
+        "fraction_of_copy": moved / bandwidth,
+        "eager_seconds": eager,
+        "speedup_vs_eager": eager / seconds,
+        "compile_seconds": fused,
+        "speedup_vs_compile": None if fused is None else fused / seconds,
+        "max_error": _error(case, min(size, _CHECKED), device, backend),
+    }
+    return {**row, "note": why_not} if why_not else row
+
+
+def _time(work: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _baseline(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Return the median seconds of a call after one that is not counted."""
+    work()
+    taken: list[float] = []
+    while len(taken) < repeats and (not taken or sum(taken) < _SECONDS):
+        taken.append(_time(work, device))
+    return statistics.median(taken)
+
+
+def _through_compiler(
+    work: Callable[[], Any], device: torch.device, repeats: int
+) -> tuple[float | None, str]:
+    """Return the median seconds through ``torch.compile``; or None, and why there are none."""
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        return None, "torch.compile needs a C++ compiler, and there is none"
+    torch.compiler.reset()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its advice on graphs is about code that is not ours
+            return _baseline(torch.compile(work), device, repeats), ""
+    except Exception as error:  # whatever a compiler raises: the row says so and has no number
+        return None, f"torch.compile failed: {type(error).__name__}"
+
+
+def _error(case: Case, size: int, device: torch.device, backend: str | None) -> float:
+    """Return the largest deviation from the specification in float64, relative to its values."""
+    run, _ = case.prepare(Problem(size, device))
+    _, specification = case.prepare(Problem(size, device, dtype=torch.float64))
+    got, expected = case.comparable(run(backend)), case.comparable(specification())
+    return max(map(_deviation, got, expected))
+
+
+def _deviation(got: Tensor, expected: Tensor) -> float:
+    gap = (got.double() - expected.double()).abs().max()
+    return float(gap / expected.double().abs().max().clamp(min=1e-300))
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return sorted(values)[round(share * (len(values) - 1))]
