@@ -13,6 +13,8 @@ from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.kernels import normalised_entropy, point_importance
 from cmd_plugin.kernels.point_importance import reference
 
+pytestmark = pytest.mark.paths()  # each names the paths it is about itself
+
 HAND = torch.tensor([[[1.0, 0, 0, 0], [0, 5, 4, 0], [0, 0, 9, 0]]])
 
 
