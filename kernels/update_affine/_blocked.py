@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cmd_plugin.kernels.flat_view import FlatView
 from cmd_plugin.kernels.mode_table import ModeTable
-from cmd_plugin.kernels.update_affine._revert import CHECKED_FIRST
 
 __all__ = ["BlockUpdater", "update_affine"]
 
@@ -64,8 +63,6 @@ def update_affine(
 ) -> Tensor:
     """See :func:`cmd_plugin.kernels.update_affine`."""
     weights = weights.packed()
-    if weights.numel <= CHECKED_FIRST and weights.count_non_finite():
-        return torch.full((), math.nan, dtype=torch.float64, device=mean.device)
     update = BlockUpdater(weights, mode, slope, mean, gain, blend, decay, total)
     squares = torch.zeros((), dtype=torch.float64, device=mean.device)
     for number, start, stop in weights.blocks():

@@ -9,7 +9,7 @@ short a call costs as much as the arithmetic.
 from __future__ import annotations
 
 from itertools import pairwise
-from math import fsum, nan
+from math import fsum
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from torch import Tensor
 from cmd_plugin.kernels._numba import array, compiled, numbers
 from cmd_plugin.kernels._threads import in_threads
 from cmd_plugin.kernels.flat_view import FlatView
-from cmd_plugin.kernels.update_affine._revert import CHECKED_FIRST
 
 __all__ = ["update_affine"]
 
@@ -40,20 +39,6 @@ def _typed(_: Any, address: Any, like: Any) -> Any:
 
 
 _pointer: Any = _typed  # its first argument is the compiler's own
-
-
-@compiled
-def _finite(addresses, starts, mean):
-    """Whether all weights are finite: infinity times zero is NaN."""
-    zero = mean.dtype.type(0.0)
-    probe = zero
-    for piece in range(addresses.size):
-        weights = carray(_pointer(addresses[piece], mean), starts[piece + 1] - starts[piece])
-        part = zero
-        for i in range(weights.size):
-            part += weights[i] * zero
-        probe += part
-    return probe == zero
 
 
 @compiled
@@ -119,8 +104,6 @@ def update_affine(
     """See :func:`cmd_plugin.kernels.update_affine`; all weights contiguous in the state's dtype."""
     addresses, starts = weights.addresses()
     means = mean.numpy()
-    if weights.numel <= CHECKED_FIRST and not _finite(addresses, starts, means):
-        return torch.tensor(nan, dtype=torch.float64)
     state = (mode.numpy(), slope.numpy(), means, array(total, mean))
     number = means.dtype.type
     constants = (_pair_gains(numbers(gain, mean)), number(blend), number(decay))

@@ -10,9 +10,9 @@ from cmd_plugin.kernels.mode_table import ModeTable
 
 __all__ = ["CHECKED_FIRST", "revert_update"]
 
-# Up to this many weights a pass that only looks whether they are finite costs next to nothing: it
-# leaves them in the cache. Longer vectors would be read from memory twice.
-CHECKED_FIRST = 1 << 20
+# Up to this many weights they are looked at first: that costs little, and a refused snapshot leaves
+# the state bit for bit. Longer vectors are read once.
+CHECKED_FIRST = 1 << 16
 
 
 def revert_update(

@@ -6,8 +6,6 @@ the order of the blocks: the result is the same every time.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, strided
 from cmd_plugin.kernels.flat_view import FlatView
-from cmd_plugin.kernels.update_affine._revert import CHECKED_FIRST
 
 __all__ = ["update_affine", "update_block"]
 
@@ -85,8 +82,6 @@ def update_affine(
     total: Tensor | None,
 ) -> Tensor:
     """See :func:`cmd_plugin.kernels.update_affine`."""
-    if weights.numel <= CHECKED_FIRST and weights.count_non_finite():
-        return torch.full((), math.nan, dtype=torch.float64, device=mean.device)
     constants = pack(mean, blend, decay, 1.0 - blend, gain)
     table = weights.pointer_table()
     squares = torch.empty(table.programs, dtype=torch.float64, device=mean.device)
