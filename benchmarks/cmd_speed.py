@@ -127,7 +127,7 @@ def measure_fit(numel: int, threads: int) -> dict[str, Any]:
 def measure_decompose(numel: int, samples: int, threads: int) -> dict[str, Any]:
     """A whole decomposition: seconds, and peak memory in units of the trajectory's bytes."""
     torch.set_num_threads(threads)
-    decompose(random_walks(SNAPSHOTS, 2000), modes=MODES, samples=200)  # imports, thread pools
+    decompose(random_walks(SNAPSHOTS, 1 << 16), modes=MODES, samples=200)  # imports, thread pools
     walk = random_walks(SNAPSHOTS, numel)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     size = walk.numel() * walk.element_size()
