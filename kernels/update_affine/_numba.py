@@ -24,6 +24,7 @@ from cmd_plugin.kernels.flat_view import FlatView
 
 __all__ = ["update_affine"]
 
+_SHARE = 1 << 19  # weights a thread takes at a time
 _SPAN = 128  # weights whose gains are looked up before the arithmetic
 
 
@@ -108,8 +109,12 @@ def update_affine(
     number = means.dtype.type
     constants = (_pair_gains(numbers(gain, mean)), number(blend), number(decay))
     squares = np.empty(addresses.size)
-    threads = min(torch.get_num_threads(), addresses.size)
-    bounds = np.searchsorted(starts[:-1], np.linspace(0, weights.numel, threads + 1))
+    # Short shares, taken as threads get free: after an optimizer's step PyTorch's own threads keep
+    # a processor busy for some milliseconds.
+    count = max(1, weights.numel // _SHARE)
+    bounds = [0, addresses.size]
+    if count > 1:
+        bounds = np.searchsorted(starts[:-1], np.linspace(0, weights.numel, count + 1)).tolist()
 
     def run(share: tuple[int, int]) -> None:
         _update(addresses, starts, *share, *state, *constants, squares)
