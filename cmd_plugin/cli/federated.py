@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmd_plugin.cli.train import _own_warnings, _stdout_for_results
+from cmd_plugin.cli._output import own_warnings, stdout_for_results
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -262,7 +262,7 @@ def simulate(
         threads=threads,
         engine=engine,
     )
-    with _stdout_for_results(), _own_warnings():
+    with stdout_for_results(), own_warnings():
         from cmd_plugin.federated import simulate as run
 
         try:

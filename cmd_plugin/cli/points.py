@@ -142,9 +142,9 @@ def train(
       cmd-plugin points train --epochs 15
       cmd-plugin points train --data chairs-monitors --data-root DATA --epochs 5 --out chairs
     """  # noqa: D301
-    from cmd_plugin.cli.train import _own_warnings, _progress_bar, _stdout_for_results
+    from cmd_plugin.cli._output import epoch_bar, own_warnings, stdout_for_results
 
-    with _stdout_for_results(), _own_warnings():
+    with stdout_for_results(), own_warnings():
         from cmd_plugin.training.points import PointTrainConfig, train_points
 
         config = PointTrainConfig(
@@ -168,7 +168,7 @@ def train(
             accelerator=accelerator,
         )
         try:
-            with _progress_bar(shown=not (as_json or quiet)) as progress:
+            with epoch_bar(shown=not (as_json or quiet)) as progress:
                 run = train_points(
                     config, out, resume=resume, overwrite=overwrite, progress=progress
                 )
@@ -243,10 +243,9 @@ def explain(
     Example:
       cmd-plugin points explain chair.ply --weights points/model.safetensors --measure fbi
     """  # noqa: D301
-    from cmd_plugin.cli._output import prepare_folder
-    from cmd_plugin.cli.train import _own_warnings, _stdout_for_results
+    from cmd_plugin.cli._output import own_warnings, prepare_folder, stdout_for_results
 
-    with _stdout_for_results(), _own_warnings():
+    with stdout_for_results(), own_warnings():
         from cmd_plugin.errors import InputError, require
 
         if out.suffix.lower() != ".html":

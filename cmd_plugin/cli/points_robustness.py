@@ -120,10 +120,9 @@ def robustness(
       cmd-plugin points robustness
       cmd-plugin points robustness --model dgcnn --width 0.125 --epochs 8 --out dgcnn
     """  # noqa: D301
-    from cmd_plugin.cli._output import prepare_folder
-    from cmd_plugin.cli.train import _own_warnings, _stdout_for_results
+    from cmd_plugin.cli._output import own_warnings, prepare_folder, stdout_for_results
 
-    with _stdout_for_results(), _own_warnings():
+    with stdout_for_results(), own_warnings():
         from cmd_plugin.training.point_robustness import PointRobustnessConfig, run_robustness
 
         config = PointRobustnessConfig(

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from cmd_plugin.training import Progress
+from cmd_plugin.cli._output import epoch_bar, own_warnings, stdout_for_results
 
 __all__ = ["train"]
 
@@ -279,11 +273,11 @@ def train(
         threads=threads,
         accelerator=accelerator,
     )
-    with _stdout_for_results(), _own_warnings():
+    with stdout_for_results(), own_warnings():
         from cmd_plugin.training import run_comparison
 
         try:
-            with _progress_bar(shown=not (as_json or quiet)) as progress:
+            with epoch_bar(shown=not (as_json or quiet)) as progress:
                 result = run_comparison(
                     config, out, resume=resume, overwrite=overwrite, progress=progress
                 )
@@ -298,60 +292,3 @@ def train(
         from cmd_plugin.cli._train_table import print_comparison
 
         print_comparison(result)
-
-
-@contextmanager
-def _stdout_for_results() -> Iterator[None]:
-    """Send whatever a library prints to stderr; standard output is for results."""
-    stdout: TextIO = sys.stdout
-    sys.stdout = sys.stderr
-    try:
-        yield
-    finally:
-        sys.stdout = stdout
-
-
-@contextmanager
-def _own_warnings() -> Iterator[None]:
-    """Show this package's warnings as one line each, other libraries' only when debugging."""
-
-    def show(message: Warning | str, *_: Any) -> None:
-        typer.echo(f"warning: {message}", err=True)
-
-    if os.environ.get("CMD_PLUGIN_DEBUG"):
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module=r"cmd_plugin\.")
-        warnings.showwarning = show  # type: ignore[assignment]
-        yield
-
-
-@contextmanager
-def _progress_bar(*, shown: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """A bar on stderr, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    if not shown or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Bar(*columns, TextColumn("{task.fields[scores]}"), console=console, transient=True) as bar:
-        task = bar.add_task("loading", total=None, scores="")
-
-        def update(progress: Progress) -> None:
-            kind = "" if progress.training == "online" else f" {progress.training}"
-            scores = "  ".join(f"{k} {s.accuracy:.3f}" for k, s in progress.scores.items())
-            bar.update(
-                task,
-                completed=progress.epochs_done,
-                total=progress.epochs,
-                description=f"seed {progress.seed}{kind}, epoch {progress.epoch}",
-                scores=scores,
-            )
-
-        yield update

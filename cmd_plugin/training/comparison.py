@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import platform
 import statistics
@@ -16,20 +15,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cmd_plugin import __version__
 from cmd_plugin.callbacks import CMDCallback
-from cmd_plugin.data import EpochShuffle, ImageData, load_dataset, make_loader
+from cmd_plugin.data import ImageData, load_dataset, make_loader
 from cmd_plugin.errors import InputError, NonFiniteError
 from cmd_plugin.training._environment import (
     check_accelerator,
-    kept_interrupt_handler,
     own_random_state,
     own_threads,
     quiet_lightning,
 )
+from cmd_plugin.training._fitting import fit, prepare_resume
 from cmd_plugin.training.averages import WeightAverages
 from cmd_plugin.training.classifier import Classifier
 from cmd_plugin.training.config import TrainConfig
@@ -162,7 +159,7 @@ def _run_seed(
     held_out = make_loader(data.test, _EVALUATION_BATCH)
     first = seed == config.seed
     recorder = Recorder(folder, held_out, clock, averages, cmd, keep_weights=first, report=report)
-    checkpoint = _prepare_resume(folder, seed, loader)
+    checkpoint = prepare_resume(folder, seed, loader)
     with quiet_lightning():
         trainer = pl.Trainer(
             accelerator=config.accelerator,
@@ -176,7 +173,7 @@ def _run_seed(
             default_root_dir=folder.out,
         )
         try:
-            _fit(trainer, classifier, loader, checkpoint)
+            fit(trainer, classifier, loader, checkpoint)
         except NonFiniteError as error:
             epoch = trainer.current_epoch
             raise diverged("a weight is not finite", epoch, seed, config.learning_rate) from error
@@ -207,47 +204,6 @@ def _callback(config: TrainConfig, seed: int, kind: str, batches: int) -> CMDCal
         recalibration_batches=batches,
         **embedding,
     )
-
-
-def _prepare_resume(
-    folder: RunFolder, seed: int, loader: DataLoader[tuple[Tensor, Tensor]]
-) -> Path | None:
-    """The checkpoint to go on from, if any; rows of epochs to be trained again are dropped."""
-    checkpoint = folder.last_checkpoint(seed)
-    if not checkpoint.exists():
-        folder.forget_from(seed, 0)
-        return None
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        finished = int(content["epoch"]) + 1
-    except Exception as error:  # whatever is wrong with the file, the advice is the same
-        message = f"{checkpoint} is damaged ({error}): delete it to train this seed from the start."
-        raise InputError(message) from error
-    folder.forget_from(seed, finished)
-    # Worker processes fetch their first batches before Lightning announces the epoch.
-    if isinstance(loader.sampler, EpochShuffle):
-        loader.sampler.set_epoch(finished)
-    return checkpoint
-
-
-def _fit(
-    trainer: pl.Trainer,
-    classifier: Classifier,
-    loader: DataLoader[tuple[Tensor, Tensor]],
-    checkpoint: Path | None,
-) -> None:
-    options: dict[str, Any] = {}
-    if "weights_only" in inspect.signature(trainer.fit).parameters:  # Lightning 2.6 and later
-        options["weights_only"] = True
-    try:
-        with kept_interrupt_handler():
-            trainer.fit(classifier, loader, ckpt_path=checkpoint, **options)
-    except SystemExit as error:  # what Lightning makes of an interrupt
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
-    if trainer.interrupted:  # older Lightning swallows the interrupt
-        raise KeyboardInterrupt
 
 
 def _seed_result(

@@ -31,8 +31,8 @@ from cmd_plugin.training._environment import (
     own_threads,
     quiet_lightning,
 )
+from cmd_plugin.training._fitting import fit, prepare_resume
 from cmd_plugin.training.classifier import OPTIMIZERS, SCHEDULES, Classifier
-from cmd_plugin.training.comparison import _fit, _prepare_resume
 from cmd_plugin.training.evaluation import Score, evaluate
 from cmd_plugin.training.folder import Row, RunFolder, write_atomically, write_json
 from cmd_plugin.training.point_data import load_point_data
@@ -274,7 +274,7 @@ def _run(
         callbacks.append(
             PointImportanceMonitor(uncritical=True, fewest=config.fewest, seed=config.seed)
         )
-    checkpoint = _prepare_resume(folder, config.seed, loader)
+    checkpoint = prepare_resume(folder, config.seed, loader)
     with quiet_lightning():
         trainer = pl.Trainer(
             accelerator=config.accelerator,
@@ -288,7 +288,7 @@ def _run(
             default_root_dir=folder.out,
         )
         try:
-            _fit(trainer, module, loader, checkpoint)
+            fit(trainer, module, loader, checkpoint)
         except NonFiniteError as error:
             epoch = trainer.current_epoch
             raise diverged("a feature is not finite", epoch, config.seed, config.lr) from error
