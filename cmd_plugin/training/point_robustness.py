@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -12,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from cmd_plugin import __version__
-from cmd_plugin.errors import InputError
 from cmd_plugin.pointcloud import PointClouds, build_network
 from cmd_plugin.pointcloud.corruption_error import Rounding
 from cmd_plugin.pointcloud.defences import Defences, initial_defences, train_defences
@@ -26,6 +24,7 @@ from cmd_plugin.pointcloud.robustness import (
 )
 from cmd_plugin.pointcloud.robustness_plots import draw_report
 from cmd_plugin.training._environment import own_threads
+from cmd_plugin.training._point_options import check_point_options
 from cmd_plugin.training.folder import write_json
 from cmd_plugin.training.point_data import load_point_data
 
@@ -81,23 +80,11 @@ class PointRobustnessConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("model", [*NETWORKS]), ("rounding", ["official", "exact"])):
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"--{name} must be one of {', '.join(known)}, got {getattr(self, name)}."
-                )
-        for name in ("points", "train_clouds", "test_clouds", "epochs", "rounds", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-        if self.batch_size < 2:
-            raise InputError(f"--batch-size must be at least 2, got {self.batch_size}.")
-        if self.seed < 0:
-            raise InputError(f"--seed must be at least 0, got {self.seed}.")
-        for name in ("width", "lr"):
-            value = getattr(self, name)
-            if not (value > 0.0 and math.isfinite(value)):
-                raise InputError(f"--{name} must be above 0, got {value}.")
+        check_point_options(
+            self,
+            {"model": NETWORKS, "rounding": ("official", "exact")},
+            ("points", "train_clouds", "test_clouds", "epochs", "rounds", "threads"),
+        )
 
     def deciding(self) -> dict[str, Any]:
         """The options that decide what the trained networks are."""

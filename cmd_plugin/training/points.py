@@ -32,6 +32,7 @@ from cmd_plugin.training._environment import (
     quiet_lightning,
 )
 from cmd_plugin.training._fitting import fit, prepare_resume
+from cmd_plugin.training._point_options import check_point_options
 from cmd_plugin.training.classifier import OPTIMIZERS, SCHEDULES, Classifier
 from cmd_plugin.training.evaluation import Score, evaluate
 from cmd_plugin.training.folder import Row, RunFolder, write_atomically, write_json
@@ -93,24 +94,11 @@ class PointTrainConfig:
     accelerator: str = "cpu"
 
     def __post_init__(self) -> None:
-        choices = {"model": NETWORKS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"--{name} must be one of {', '.join(known)}, got {getattr(self, name)}."
-                )
-        for name in ("points", "epochs", "fewest", "train_clouds", "test_clouds", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-        if self.batch_size < 2:
-            raise InputError(f"--batch-size must be at least 2, got {self.batch_size}.")
-        if self.seed < 0:
-            raise InputError(f"--seed must be at least 0, got {self.seed}.")
-        for name in ("width", "lr"):
-            value = getattr(self, name)
-            if not (value > 0.0 and math.isfinite(value)):
-                raise InputError(f"--{name} must be above 0, got {value}.")
+        check_point_options(
+            self,
+            {"model": NETWORKS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES},
+            ("points", "epochs", "fewest", "train_clouds", "test_clouds", "threads"),
+        )
         if not (self.weight_decay >= 0.0 and math.isfinite(self.weight_decay)):
             raise InputError(f"--weight-decay must be at least 0, got {self.weight_decay}.")
 
