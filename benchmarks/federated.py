@@ -73,7 +73,6 @@ BASELINES: dict[str, dict[str, Any]] = {
     "APF": {"method": "apf"},
     "A-APF": {"method": "a-apf"},
     "top-k 10 %": {"method": "topk", "topk": 0.1},
-    "top-k 2 %": {"method": "topk", "topk": 0.02},
     "FedPAQ 8 bit": {"method": "fedpaq", "bits": 8},
 }
 
@@ -230,7 +229,7 @@ def table(title: str, groups: dict[str, list[dict[str, Any]]]) -> Table:
 
 def draw(path: Path, problems: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
     """Draw accuracy against bytes, a panel for each problem."""
-    baselines = ["#7f7f7f", "#0072B2", "#56B4E9", "#009E73", "#117733", "#CC79A7"]
+    baselines = ["#7f7f7f", "#0072B2", "#56B4E9", "#009E73", "#CC79A7"]
     colors = dict(zip(BASELINES, baselines, strict=True))
     colors |= {"CMD, paper": "#E69F00", "CMD, paper, tie": "#999933"}
     colors |= {"CMD absolute": "#882255", "CMD relative": "#D55E00"}

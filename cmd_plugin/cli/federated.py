@@ -158,7 +158,8 @@ def simulate(
         bool,
         typer.Option(
             "--pool/--no-pool",
-            help="cmd: references move by what all weights on their curve did.",
+            help="cmd: references move by what all weights on their curve did, in a round or, with "
+            "--project step, in every step.",
             rich_help_panel=_METHOD,
         ),
     ] = False,

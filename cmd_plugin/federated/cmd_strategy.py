@@ -54,7 +54,8 @@ class CMDStrategy(FrameStrategy):
             and references are always exact. Coefficients are then sent as float16.
         pool: Let clients move each reference by what all weights on its curve did in the local
             training (their least-squares projection onto the curve; beyond the paper) instead of
-            by what that one weight did. Costs no bytes.
+            by what that one weight did. With ``project="step"`` every optimizer step is projected
+            like this. Costs no bytes.
         seed: Seed of the draw of the samples.
         include: Shell-style patterns on names of arrays to model; empty means all.
         exclude: Shell-style patterns on names of arrays to send as they are.

@@ -47,7 +47,8 @@ class FederatedConfig:
         embed_percent: CMD: percentage P of the weights embedded at an event.
         relative: CMD: P counts from the weights still free.
         project: CMD: ``"epoch"``, ``"step"`` or ``"tie"``.
-        pool: CMD: references move by what all weights on their curve did in the local training.
+        pool: CMD: references move by what all weights on their curve did, in the local training
+            of a round or, with ``project="step"``, in every step of it.
         bits: Bits of a value: CMD quantises both ways, FedPAQ the way up (8 if None).
         topk: Top-k: share of the weights in a message.
         apf_threshold: APF and A-APF: effective perturbation below which a weight has settled.
