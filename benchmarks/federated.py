@@ -3,8 +3,9 @@
     python -m benchmarks.federated --quick                     # digits, one seed, about a minute
     python -m benchmarks.federated --data-root DATA            # all of it, about 90 CPU minutes
 
-The schedule of CMD (F, L, P, M, pooling, projection) is searched on seed 0 of CIFAR-10 IID alone;
-everything is reported on other seeds. Bytes are those of Flower's serialised messages, up and down,
+The schedule of CMD (F, L, P, M, pooling, projection) is searched on seed 0 of CIFAR-10 IID alone:
+the most accurate one within 40 % of FedAvg's bytes, with 8-bit values within 12 %. Everything is
+reported on other seeds. Bytes are those of Flower's serialised messages, up and down,
 over all clients. Accuracy is the mean over the last five rounds. Rows are appended to
 ``results/federated.jsonl`` as runs end; a run that is there is not repeated.
 
@@ -35,7 +36,7 @@ from benchmarks.machine import RESULTS, describe_machine
 from cmd_plugin.federated import FederatedConfig, simulate
 
 LAST = 5  # rounds whose mean is the accuracy of a run
-TOLERANCE = 0.005  # of accuracy: what a schedule may lose against FedAvg
+TOLERANCE = 0.005  # of accuracy: what counts as reaching that of FedAvg
 
 COMMON: dict[str, Any] = {
     "model": "cnn:16",
@@ -179,18 +180,16 @@ class Results:
 
 
 def search(
-    results: Results, problem: dict[str, Any], schedules: Sequence[dict[str, Any]]
+    results: Results, problem: dict[str, Any], schedules: Sequence[dict[str, Any]], budget: float
 ) -> dict[str, Any]:
-    """Choose the schedule on seed 0: the fewest bytes within the tolerance, else the best."""
-    reference = results.get("search", "FedAvg", {**problem, "method": "fedavg"}, 0)
+    """Choose on seed 0: the most accurate schedule within a share of FedAvg's bytes."""
+    results.get("search", "FedAvg", {**problem, "method": "fedavg"}, 0)
     tried = [
         (schedule, results.get("search", "CMD", {**problem, "method": "cmd", **schedule}, 0))
         for schedule in schedules
     ]
-    good = [t for t in tried if t[1]["accuracy"] >= reference["accuracy"] - TOLERANCE]
-    if good:
-        return min(good, key=lambda t: share(t[1]))[0]
-    return max(tried, key=lambda t: t[1]["accuracy"])[0]
+    affordable = [(schedule, row) for schedule, row in tried if share(row) <= budget]
+    return max(affordable, key=lambda t: t[1]["accuracy"])[0]
 
 
 def table(title: str, groups: dict[str, list[dict[str, Any]]]) -> Table:
@@ -291,7 +290,10 @@ def main(arguments: list[str] | None = None) -> None:
         rows = methods(quick, {**quick, "bits": 8})
     else:
         searched = {**PROBLEMS["cifar10"], **LIMITS, "partition": "iid"}
-        chosen = [search(results, searched, tried) for tried in (SCHEDULES, SCHEDULES_8_BIT)]
+        chosen = [
+            search(results, searched, tried, budget)
+            for tried, budget in ((SCHEDULES, 0.40), (SCHEDULES_8_BIT, 0.12))
+        ]
         rows = methods(*chosen)
         problems = {
             f"{data}, {partition}": {**PROBLEMS[data], **LIMITS, "partition": partition}
