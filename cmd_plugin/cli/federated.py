@@ -121,10 +121,10 @@ def simulate(
             help="cmd: rounds that only watch; modes are fitted after the next one.",
             rich_help_panel=_METHOD,
         ),
-    ] = 5,
+    ] = 8,
     modes: Annotated[
         int, typer.Option(help="cmd: number of modes, 1 to 256.", rich_help_panel=_METHOD)
-    ] = 10,
+    ] = 250,
     samples: Annotated[
         int,
         typer.Option(
@@ -133,11 +133,11 @@ def simulate(
     ] = 1000,
     embed_every: Annotated[
         int, typer.Option(help="cmd: rounds between embedding events.", rich_help_panel=_METHOD)
-    ] = 2,
+    ] = 1,
     embed_percent: Annotated[
         float,
         typer.Option(help="cmd: percentage embedded at an event.", rich_help_panel=_METHOD),
-    ] = 10.0,
+    ] = 25.0,
     relative: Annotated[
         bool,
         typer.Option(
@@ -145,7 +145,7 @@ def simulate(
             help="cmd: of the weights that are still sent, or of all.",
             rich_help_panel=_METHOD,
         ),
-    ] = False,
+    ] = True,
     project: Annotated[
         str,
         typer.Option(
@@ -153,15 +153,16 @@ def simulate(
             "or train through their references (tie).",
             rich_help_panel=_METHOD,
         ),
-    ] = "epoch",
+    ] = "step",
     pool: Annotated[
         bool,
         typer.Option(
             "--pool/--no-pool",
-            help="cmd: references move by what all weights on their curve did.",
+            help="cmd: references move by what all weights on their curve did, in a round or, with "
+            "--project step, in every step.",
             rich_help_panel=_METHOD,
         ),
-    ] = False,
+    ] = True,
     bits: Annotated[
         int | None,
         typer.Option(

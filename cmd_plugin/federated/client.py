@@ -18,11 +18,11 @@ from cmd_plugin.federated._flower import (
     with_record,
 )
 from cmd_plugin.federated.codec import ModeCodec
-from cmd_plugin.federated.frame import FrameError, NeedResync
+from cmd_plugin.federated.frame import FLAG_POOL, FrameError, NeedResync
 from cmd_plugin.federated.packing import Flat
 from cmd_plugin.federated.values import Received
 
-__all__ = ["cmd_mod", "load_codec", "load_projection", "project_mod"]
+__all__ = ["cmd_mod", "load_codec", "load_request", "project_mod"]
 
 _STATE = "cmd-plugin"
 _STATE_TYPE = "cmd-plugin.state.v1"
@@ -113,16 +113,17 @@ def load_codec(context: Context) -> ModeCodec | None:
         return None
 
 
-def load_projection(context: Context) -> int:
-    """Return what the server asked for while training, see :class:`Header`; 0 by default."""
+def load_request(context: Context) -> tuple[int, bool]:
+    """Return what the server asked for while training: :class:`Header`'s project, and pooling."""
     record = context.state.get(_STATE)
     held = record.get(_PROJECT) if isinstance(record, ArrayRecord) else None
-    return 0 if held is None else held.data[0]
+    return (0, False) if held is None or len(held.data) != 2 else (held.data[0], bool(held.data[1]))
 
 
 def _save(context: Context, codec: ModeCodec, received: Received, residual: Flat | None) -> None:
     parts = codec.to_bytes()
-    parts[_PROJECT] = bytes([received.header.project])
+    header = received.header
+    parts[_PROJECT] = bytes([header.project, bool(header.flags & FLAG_POOL)])
     if residual is not None:
         parts[_RESIDUAL] = residual.tobytes()
     context.state[_STATE] = ArrayRecord(

@@ -50,11 +50,12 @@ class CMDStrategy(FrameStrategy):
         samples: Weights whose trajectories are clustered.
         bits: None sends values as they are; 8 or 4 quantise them in both directions, in every
             round: weights on the way down, differences to them on the way up (stochastic
-            rounding). The server keeps exact weights, so that rounding errors do not accumulate,
-            and references are always exact. Coefficients are then sent as float16.
+            rounding). The server keeps exact weights, so that rounding errors do not accumulate.
+            References then have 16 bits, coefficients are float16.
         pool: Let clients move each reference by what all weights on its curve did in the local
             training (their least-squares projection onto the curve; beyond the paper) instead of
-            by what that one weight did. Costs no bytes.
+            by what that one weight did. With ``project="step"`` every optimizer step is projected
+            like this. Costs no bytes.
         seed: Seed of the draw of the samples.
         include: Shell-style patterns on names of arrays to model; empty means all.
         exclude: Shell-style patterns on names of arrays to send as they are.

@@ -27,7 +27,7 @@ from cmd_plugin.federated.frame import (
 )
 from cmd_plugin.federated.packing import Arrays, Flat, Packing
 from cmd_plugin.federated.plan import Plan
-from cmd_plugin.federated.quantise import check_bits, quantised_bytes
+from cmd_plugin.federated.quantise import REFERENCE_BITS, check_bits, quantised_bytes
 from cmd_plugin.federated.values import (
     Known,
     Received,
@@ -117,7 +117,9 @@ class ModeCodec:
         depth = check_bits(bits)
         length = OVERHEAD
         if depth:
-            length += sum(quantised_bytes(free, depth)) + width * len(self.plan.references)
+            fine = len(self.plan.references)
+            length += sum(quantised_bytes(free - fine, depth))
+            length += sum(quantised_bytes(fine, REFERENCE_BITS))
         else:
             length += width * free
         length += sum(e.nbytes for e in self.packing.raw_entries(with_local=since is None))
@@ -188,7 +190,7 @@ class ModeCodec:
                 increments=increments or b"",
                 frozen=frozen_bytes,
                 positions=encoded.positions,
-                exact=encoded.exact,
+                references=encoded.references,
                 scales=encoded.scales,
                 values=encoded.values,
                 raw=self.packing.pack_raw(raw, with_local=full),
@@ -308,7 +310,7 @@ class ModeCodec:
             header,
             Sections(
                 positions=encoded.positions,
-                exact=encoded.exact,
+                references=encoded.references,
                 scales=encoded.scales,
                 values=encoded.values,
                 raw=self.packing.pack_raw(arrays, with_local=False),

@@ -23,6 +23,9 @@ ENGINES = ("inprocess", "ray")
 class FederatedConfig:
     """Options of a federated run.
 
+    CMD's defaults are the schedule of ``benchmarks/federated.py``; the paper's method is
+    ``modes=10, embed_every=2, embed_percent=10, relative=False, project="epoch", pool=False``.
+
     Attributes:
         data: Data set, see :func:`cmd_plugin.data.load_dataset`.
         data_root: Where it lies.
@@ -47,7 +50,8 @@ class FederatedConfig:
         embed_percent: CMD: percentage P of the weights embedded at an event.
         relative: CMD: P counts from the weights still free.
         project: CMD: ``"epoch"``, ``"step"`` or ``"tie"``.
-        pool: CMD: references move by what all weights on their curve did in the local training.
+        pool: CMD: references move by what all weights on their curve did, in the local training
+            of a round or, with ``project="step"``, in every step of it.
         bits: Bits of a value: CMD quantises both ways, FedPAQ the way up (8 if None).
         topk: Top-k: share of the weights in a message.
         apf_threshold: APF and A-APF: effective perturbation below which a weight has settled.
@@ -77,14 +81,14 @@ class FederatedConfig:
     momentum: float = 0.0
     weight_decay: float = 0.0
     method: str = "cmd"
-    warmup: int = 5
-    modes: int = 10
+    warmup: int = 8
+    modes: int = 250
     samples: int = 1000
-    embed_every: int = 2
-    embed_percent: float = 10.0
-    relative: bool = False
-    project: str = "epoch"
-    pool: bool = False
+    embed_every: int = 1
+    embed_percent: float = 25.0
+    relative: bool = True
+    project: str = "step"
+    pool: bool = True
     bits: int | None = None
     topk: float = 0.1
     apf_threshold: float = 0.05

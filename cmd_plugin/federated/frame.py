@@ -114,7 +114,7 @@ class Sections:
         increments: Parts of the plan the receiver lacks.
         frozen: Bitmap of [N] positions that keep the value the receiver has (APF).
         positions: Positions of the values if they are sparse.
-        exact: Values of the references, when the others are quantised.
+        references: Values of the references in 16 bits, when the others have fewer.
         scales: Scales of the quantiser.
         values: The values.
         raw: Tensors that are not modelled, as they are.
@@ -124,7 +124,7 @@ class Sections:
     increments: bytes = b""
     frozen: bytes = b""
     positions: bytes = b""
-    exact: bytes = b""
+    references: bytes = b""
     scales: bytes = b""
     values: bytes = b""
     raw: bytes = b""

@@ -1,4 +1,4 @@
-"""Linear quantisation in blocks: values of 8 or 4 bits and one float32 scale per 256 values."""
+"""Linear quantisation in blocks: values of 4, 8 or 16 bits, one float32 scale per 256 values."""
 
 from __future__ import annotations
 
@@ -8,9 +8,20 @@ import numpy.typing as npt
 from cmd_plugin.errors import InputError
 from cmd_plugin.federated.frame import FrameError
 
-__all__ = ["BITS", "BLOCK", "check_bits", "dequantise", "quantise", "quantised_bytes"]
+__all__ = [
+    "BITS",
+    "BLOCK",
+    "REFERENCE_BITS",
+    "check_bits",
+    "dequantise",
+    "quantise",
+    "quantised_bytes",
+]
 
 BITS = (4, 8)
+REFERENCE_BITS = 16
+"""Of the references, when the other values have 4 or 8: an error there is multiplied by slopes."""
+
 BLOCK = 256
 
 Floats = npt.NDArray[np.floating]
@@ -45,7 +56,7 @@ def quantise(
 
     Args:
         values: [n], finite.
-        bits: 8 or 4.
+        bits: 4, 8 or 16.
         generator: Source of the stochastic rounding; None rounds to nearest.
 
     Returns:
@@ -63,7 +74,8 @@ def quantise(
         codes = np.rint(exact)
     else:
         codes = np.floor(exact + generator.random(exact.shape, dtype=np.float32))
-    whole = np.clip(codes, -top, top).astype(np.int8).reshape(-1)[:count]
+    kind = np.dtype("<i2" if bits == REFERENCE_BITS else np.int8)
+    whole = np.clip(codes, -top, top).astype(kind).reshape(-1)[:count]
     if bits == 4:
         nibbles = np.zeros(count + count % 2, dtype=np.uint8)
         nibbles[:count] = (whole + 8).astype(np.uint8)
@@ -71,8 +83,17 @@ def quantise(
     return whole.tobytes(), scales.astype("<f4").tobytes()
 
 
-def dequantise(codes: bytes, scales: bytes, count: int, bits: int) -> npt.NDArray[np.float32]:
+def dequantise(
+    codes: bytes, scales: bytes, count: int, bits: int, field: str = "values"
+) -> npt.NDArray[np.float32]:
     """Return the [count] float32 values that :func:`quantise` wrote.
+
+    Args:
+        codes: As written.
+        scales: As written.
+        count: Number of values.
+        bits: As they were quantised to.
+        field: What a refusal names.
 
     Raises:
         FrameError: If the bytes are not those of ``count`` values.
@@ -80,7 +101,7 @@ def dequantise(codes: bytes, scales: bytes, count: int, bits: int) -> npt.NDArra
     expected = quantised_bytes(count, bits)
     if (len(codes), len(scales)) != expected:
         raise FrameError(
-            "values",
+            field,
             f"expected {expected[0]} + {expected[1]} bytes for {count} values of {bits} bits, got "
             f"{len(codes)} + {len(scales)}.",
         )
@@ -89,7 +110,8 @@ def dequantise(codes: bytes, scales: bytes, count: int, bits: int) -> npt.NDArra
         nibbles = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:count]
         whole = nibbles.astype(np.float32) - np.float32(8.0)
     else:
-        whole = np.frombuffer(codes, dtype=np.int8).astype(np.float32)
+        kind = np.dtype("<i2" if bits == REFERENCE_BITS else np.int8)
+        whole = np.frombuffer(codes, dtype=kind).astype(np.float32)
     factors = np.frombuffer(scales, dtype="<f4").astype(np.float32)
     values: npt.NDArray[np.float32] = whole * np.repeat(factors, BLOCK)[:count]
     return values

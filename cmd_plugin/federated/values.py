@@ -20,7 +20,7 @@ from cmd_plugin.federated.frame import (
 )
 from cmd_plugin.federated.packing import Flat
 from cmd_plugin.federated.plan import Plan
-from cmd_plugin.federated.quantise import dequantise, quantise
+from cmd_plugin.federated.quantise import REFERENCE_BITS, dequantise, quantise, quantised_bytes
 
 __all__ = [
     "EncodedValues",
@@ -67,7 +67,7 @@ class EncodedValues:
 
     flags: int
     positions: bytes
-    exact: bytes
+    references: bytes
     scales: bytes
     values: bytes
 
@@ -100,14 +100,17 @@ def encode_values(
     Args:
         flat: Values, or differences with ``delta``.
         free: Positions that are sent.
-        references: Positions that are sent exactly even when the others are quantised: a rounding
-            error there would be multiplied by the slope of every weight that follows.
+        references: Positions that are sent in 16 bits when the others are quantised to fewer: a
+            rounding error there is multiplied by the slope of every weight that follows.
         bits: 0, 4 or 8.
         delta: Whether these are differences.
         share: Share of the free positions that is sent, those with the largest values.
         generator: Source of the stochastic rounding; None rounds to nearest.
     """
-    flags, positions = (FLAG_DELTA if delta else 0), b""
+    flags, positions, fine = (FLAG_DELTA if delta else 0), b"", b""
+    if bits:
+        free = _without(free, references)
+        fine = b"".join(quantise(flat[references], REFERENCE_BITS, generator))
     values = flat[free]
     if share < 1.0:
         chosen = largest(values, share)
@@ -123,8 +126,12 @@ def encode_values(
     if not bits:
         return EncodedValues(flags, positions, b"", b"", values.tobytes())
     codes, scales = quantise(values, bits, generator)
-    exact = flat[references].tobytes()
-    return EncodedValues(flags, positions, exact, scales, codes)
+    return EncodedValues(flags, positions, fine, scales, codes)
+
+
+def _without(free: Indices, references: Indices) -> Indices:
+    """Return the free positions that are no references, still ascending."""
+    return free[~np.isin(free, references)] if len(references) else free
 
 
 def _chosen(header: Header, sections: Sections, free: Indices) -> Indices:
@@ -167,7 +174,8 @@ def decode_values(
         NeedResync: If values are missing and there is no base.
     """
     header, sections = frame.header, frame.sections
-    chosen = _chosen(header, sections, free)
+    fine = plan.references if header.bits else plan.references[:0]
+    chosen = _chosen(header, sections, _without(free, fine))
     if header.bits:
         values = dequantise(sections.values, sections.scales, len(chosen), header.bits)
     else:
@@ -175,7 +183,7 @@ def decode_values(
         if len(sections.values) != expected:
             raise FrameError("values", f"expected {expected} bytes, got {len(sections.values)}.")
         values = np.frombuffer(sections.values, dtype)
-    complete = len(chosen) + len(plan.members) == plan.numel
+    complete = len(chosen) + len(fine) + len(plan.members) == plan.numel
     if base is None and (header.flags & FLAG_DELTA or not complete):
         raise NeedResync("values", "the values these build on are not known here, resend.")
     flat = np.zeros(plan.numel, dtype) if base is None else base.astype(dtype, copy=True)
@@ -184,10 +192,8 @@ def decode_values(
     else:
         flat[chosen] = values
     if header.bits:
-        if len(sections.exact) != len(plan.references) * dtype.itemsize:
-            raise FrameError("exact", f"expected {len(plan.references)} values of references.")
-        exact = np.frombuffer(sections.exact, dtype)
-        if header.flags & FLAG_DELTA and base is not None:
-            exact = base[plan.references] + exact
-        flat[plan.references] = exact
+        size, _ = quantised_bytes(len(fine), REFERENCE_BITS)
+        packed = sections.references
+        values = dequantise(packed[:size], packed[size:], len(fine), REFERENCE_BITS, "references")
+        flat[fine] = flat[fine] + values if header.flags & FLAG_DELTA else values
     return plan.expand(flat)

@@ -24,7 +24,7 @@ def values(count: int, seed: int = 0) -> np.ndarray:
     return (generator.standard_normal(count) * scale).astype(np.float32)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, 16])
 @given(count=st.integers(0, 3 * BLOCK), seed=st.integers(0, 100), stochastic=st.booleans())
 def test_error_is_below_a_step(bits: int, count: int, seed: int, stochastic: bool) -> None:
     exact = values(count, seed)
@@ -55,7 +55,7 @@ def test_stochastic_rounding_is_unbiased() -> None:
 def test_zeros_and_largest_values_are_exact() -> None:
     exact = np.zeros(2 * BLOCK, np.float32)
     exact[3], exact[300] = -2.5, 1e-20
-    for bits in (4, 8):
+    for bits in (4, 8, 16):
         codes, scales = quantise(exact, bits)
         assert np.array_equal(dequantise(codes, scales, len(exact), bits), exact)
 

@@ -18,10 +18,10 @@ from cmd_plugin.federated.client import load_codec
 from cmd_plugin.modes import Embedding
 
 
-def trained_client(project: Any) -> tuple[Context, CMDStrategy]:
+def trained_client(project: Any, pool: bool = False) -> tuple[Context, CMDStrategy]:
     """A client's context after some rounds, with embedded weights."""
     strategy = CMDStrategy(
-        fed_avg(), Embedding(2, 30.0, project=project), modes=3, warmup=2, samples=60
+        fed_avg(), Embedding(2, 30.0, project=project), modes=3, warmup=2, samples=60, pool=pool
     )
     grid = make_grid(make_app())
     run(strategy, grid, 8)
@@ -110,6 +110,39 @@ def test_tied_gradients_are_the_chain_rule() -> None:
     step = (before - flat_of(model))[plan.references] / 1e-3
     # float32: the difference of two weights of size one, divided by the learning rate
     assert np.abs(step - numeric).max() < 2e-4 + 1e-3 * np.abs(numeric).max()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_pooled_steps_are_projected_onto_the_curves(optimizer: Any) -> None:
+    """Against a dense least-squares fit of what the optimizer alone would have done."""
+    context, _ = trained_client("step", pool=True)
+    model, codec = canonical(context), load_codec(context)
+    assert codec is not None
+    plan = codec.plan
+    free = canonical(context)
+    loss_of(free).backward()
+    optimizer(free.parameters(), lr=0.05).step()
+    wanted = flat_of(free).astype(np.float64)
+    with embedded_training(context, model):
+        loss_of(model).backward()
+        optimizer(model.parameters(), lr=0.05).step()
+    found = flat_of(model)
+    # columns: what a unit of each reference does to all weights of the curves
+    curves = np.zeros((plan.numel, len(plan.references)))
+    curves[plan.references, np.arange(len(plan.references))] = 1.0
+    curves[plan.members, plan.mode] = plan.scale
+    shift = np.zeros(plan.numel)
+    shift[plan.members] = plan.offset
+    inside = np.concatenate([plan.references, plan.members])
+    best = np.linalg.lstsq(curves[inside], (wanted - shift)[inside], rcond=None)[0]
+    np.testing.assert_allclose(found[plan.references], best, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found[plan.members], (curves @ best + shift)[plan.members], 1e-5, 1e-6
+    )
+    others = np.setdiff1d(np.arange(plan.numel), inside)
+    np.testing.assert_array_equal(found[others], flat_of(free)[others])
+    # and that is not what unpooled steps do, which leave references where the optimizer put them
+    assert np.abs(found[plan.references] - flat_of(free)[plan.references]).max() > 1e-4
 
 
 def test_without_anything_embedded_nothing_happens() -> None:
