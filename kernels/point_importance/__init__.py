@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
-from cmd_plugin.kernels._point_backend import choose
+from cmd_plugin.kernels._dispatch import choose
 from cmd_plugin.kernels.point_importance import _blocked, reference
 
 __all__ = ["PointScores", "entropy_parts", "normalised_entropy", "point_importance"]
