@@ -69,7 +69,10 @@ def show(result: dict[str, Any], console: Console) -> None:
     for column in ("score", "high-drop (lower is better)", "low-drop (higher is better)"):
         table.add_column(column, justify="left" if column == "score" else "right")
     for name, curves in _curves(result).items():
-        areas = [f"{curves[way]['area']:.3f}" for way in ("high", "low")]
+        areas = []
+        for way in ("high", "low"):
+            rows = [{"area": area} for area in curves[way].get("areas", [curves[way]["area"]])]
+            areas.append(_over_seeds(rows, "area"))
         table.add_row(name, *areas)
     console.print(table)
 
@@ -87,8 +90,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(
             f"{row['network']}, forward of {row['batch']}",
             f"{row['forward_ms']:.1f} ms",
-            f"FBI adds {row['fbi_overhead_percent']:.1f} %, counts "
-            f"{row['count_overhead_percent']:.1f} %",
+            f"FBI adds {_overheads(row, 'fbi')} %, counts {_overheads(row, 'count')} %",
         )
     for name, row in result["others"].items():
         table.add_row(
@@ -98,6 +100,12 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{row['times_slower_than_what_fbi_adds']:,.0f}x what FBI adds",
         )
     console.print(table)
+
+
+def _overheads(row: dict[str, Any], what: str) -> str:
+    median, fastest = (f"{what}_overhead_percent", f"{what}_overhead_percent_of_minima")
+    least = f" (fastest calls {row[fastest]:.1f})" if fastest in row else ""
+    return f"{row[median]:.1f}{least}"
 
 
 def _curves(result: dict[str, Any]) -> dict[str, Any]:
