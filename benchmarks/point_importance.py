@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import RESULTS, describe_machine
 from benchmarks.point_importance_timing import measure_others, measure_overhead
+from benchmarks.point_importance_unusual import measure_roughness, measure_unusual
 from cmd_plugin.errors import require
 from cmd_plugin.pointcloud import (
     CORRUPTIONS,
@@ -188,10 +189,11 @@ def measure_drops(network: nn.Module, clouds: Tensor, labels: Tensor, seed: int)
     scores["count"] = chunked(lambda p: point_importance(network, p, "critical++").scores, clouds)
     scores["saliency (Captum)"] = gradients(network, clouds, labels)
     scores["integrated gradients (Captum)"] = integrated(network, clouds, labels)
-    scores["random"] = random_scores(clouds)
+    scores["random"] = random_scores(clouds, seed=seed)
+    rough = measure_roughness(clouds, scores)
     result: dict[str, Any] = {}
     for name, score in track(scores.items(), description="drop curves", transient=True):
-        result[name] = {}
+        result[name] = {"roughness": rough[name]}
         for direction in ("high", "low"):
             curve = DropCurve()
             for start in range(0, len(clouds), _CHUNK):
@@ -241,7 +243,7 @@ def measure_quality(
 ) -> dict[str, Any]:
     """Everything but times, each with all seeds except for the attacks."""
     few, some = (8, 4) if quick else (40, 32)
-    outliers, corruptions, drops = [], [], []
+    outliers, corruptions, unusual, drops = [], [], [], []
     labels = torch.tensor(list(CLASSES.values())).repeat_interleave(some)
     for seed in track(range(seeds), description="seeds", transient=True):
         for name, label in CLASSES.items():
@@ -251,6 +253,9 @@ def measure_quality(
         sets = {n: voxel_clouds(spread(g, few), POINTS, seed) for n, g in grids.items()}
         rows = measure_corruptions(network, sets, seed)
         corruptions += [{"clouds": 2 * few, **row} for row in rows]
+        pairs = {n: spread(g, 4 * few) for n, g in grids.items()}
+        rows = measure_unusual(network, pairs, CLASSES, POINTS, seed)
+        unusual += [{"clouds": 4 * few, **row} for row in rows]
         both = torch.cat([voxel_clouds(spread(g, some), POINTS, seed) for g in grids.values()])
         drops.append(measure_drops(network, both, labels, seed))
     both = torch.cat([voxel_clouds(spread(g, some), POINTS, 0) for g in grids.values()])
@@ -258,6 +263,7 @@ def measure_quality(
     return {
         "outliers": outliers,
         "corruptions": corruptions,
+        "unusual": unusual,
         "drops": over_seeds(drops),
         "defence": measure_defence(network, both[pick], labels[pick], 5 if quick else 40),
     }
@@ -267,7 +273,8 @@ def over_seeds(drops: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean drop curves of all seeds, and the area of each."""
     result: dict[str, Any] = {}
     for name in drops[0]:
-        result[name] = {}
+        rough = [seed[name]["roughness"] for seed in drops]
+        result[name] = {"roughness": statistics.fmean(rough), "roughnesses": rough}
         for direction in ("high", "low"):
             curves = [seed[name][direction] for seed in drops]
             areas = [curve["area"] for curve in curves]

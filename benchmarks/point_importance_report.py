@@ -65,15 +65,20 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(kind, *cells, f"{change:+.3f} {word}")
     console.print(table)
 
+    if "unusual" in result:
+        _show_unusual(result["unusual"], console)
+
     table = Table(title="Drop curves: area under accuracy, shares 0 to 0.9 (0.9 is perfect)")
-    for column in ("score", "high-drop (lower is better)", "low-drop (higher is better)"):
+    columns = ["score", "high-drop (lower is better)", "low-drop (higher is better)", "roughness"]
+    for column in columns:
         table.add_column(column, justify="left" if column == "score" else "right")
     for name, curves in _curves(result).items():
         areas = []
         for way in ("high", "low"):
             rows = [{"area": area} for area in curves[way].get("areas", [curves[way]["area"]])]
             areas.append(_over_seeds(rows, "area"))
-        table.add_row(name, *areas)
+        rough = [{"roughness": value} for value in curves.get("roughnesses", [])]
+        table.add_row(name, *areas, _over_seeds(rows=rough, key="roughness") if rough else "")
     console.print(table)
 
     table = Table(title="Subset defence: share answered wrongly")
@@ -99,6 +104,20 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{row['times_slower_than_fbi']:,.0f}x a forward pass with FBI, "
             f"{row['times_slower_than_what_fbi_adds']:,.0f}x what FBI adds",
         )
+    console.print(table)
+
+
+def _show_unusual(rows: list[dict[str, Any]], console: Console) -> None:
+    """AUROC of scores of whole clouds; below 0.5 the unusual ones score lower."""
+    names = [n for n in rows[0] if n not in ("seed", "clouds", "points", "against clean")]
+    table = Table(
+        title=f"AUROC of scores of clouds, {rows[0]['clouds']} clean and as many of level 4, "
+        "equal numbers of points"
+    )
+    for column in ("against clean", "points", *names):
+        table.add_column(column, justify="left" if column == "against clean" else "right")
+    for (kind, points), group in _grouped(rows, "against clean", "points").items():
+        table.add_row(kind, str(points), *(_over_seeds(group, name) for name in names))
     console.print(table)
 
 

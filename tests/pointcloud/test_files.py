@@ -23,7 +23,13 @@ from cmd_plugin.pointcloud.files import (
     resampled,
     voxel_clouds,
 )
-from cmd_plugin.pointcloud.weights import axis_orders, load_weights, read_weights
+from cmd_plugin.pointcloud.weights import (
+    AxisOrder,
+    axis_doubt,
+    axis_orders,
+    load_weights,
+    read_weights,
+)
 
 POINTS = np.array([[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3]], dtype=np.float32)
 HEADER = (
@@ -253,3 +259,17 @@ def test_the_axis_check_finds_the_order_the_network_was_trained_on() -> None:
     assert axis_orders(Upright(), points)[0].accuracy is None
     with pytest.raises(InputError):
         axis_orders(Upright(), points[0])
+
+
+def test_another_order_is_proposed_only_if_it_is_clearly_better() -> None:
+    points = torch.rand(5, 50, 3) * torch.tensor([1.0, 2.0, 5.0])
+    ones = torch.ones(5, dtype=torch.int64)
+    orders = axis_orders(Upright(), points, ones)
+    assert axis_doubt(orders) == orders[0]
+    turned = points[..., list(orders[0].axes)]
+    assert axis_doubt(axis_orders(Upright(), turned, ones)) is None
+    sure, given = AxisOrder((0, 2, 1), None, 0.85), AxisOrder((0, 1, 2), None, 0.8)
+    assert axis_doubt([sure, given]) is None
+    assert axis_doubt([sure, given], margin=0.04) == sure
+    with pytest.raises(InputError, match="lack"):
+        axis_doubt([sure])
