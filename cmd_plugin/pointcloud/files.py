@@ -34,8 +34,8 @@ def load_cloud(path: str | Path, points: int | None = None, seed: int = 0) -> Te
 
     Args:
         path: ``.npy`` or ``.npy.gz`` [N, 3 or more]; ``.pcd`` (ascii, binary or compressed);
-            ``.ply``, with or without faces; ``.off``, ``.obj``, ``.stl`` or ``.glb`` meshes, sampled
-            evenly by area;
+            ``.ply``, with or without faces; ``.off``, ``.obj``, ``.stl`` or ``.glb`` meshes,
+            sampled evenly by area;
             ``.xyz``, ``.txt``, ``.csv`` or ``.pts`` with one point a line.
         points: Number of points wanted; a larger cloud is thinned out at random, and a smaller one
             repeats points. By default all there are (2048 of a mesh).
