@@ -32,7 +32,11 @@ from torch import Tensor, nn
 
 from benchmarks.machine import RESULTS, describe_machine
 from benchmarks.point_importance_timing import measure_others, measure_overhead
-from benchmarks.point_importance_unusual import measure_roughness, measure_unusual
+from benchmarks.point_importance_unusual import (
+    measure_axes,
+    measure_roughness,
+    measure_unusual,
+)
 from cmd_plugin.errors import require
 from cmd_plugin.pointcloud import (
     CORRUPTIONS,
@@ -243,7 +247,7 @@ def measure_quality(
 ) -> dict[str, Any]:
     """Everything but times, each with all seeds except for the attacks."""
     few, some = (8, 4) if quick else (40, 32)
-    outliers, corruptions, unusual, drops = [], [], [], []
+    outliers, corruptions, unusual, drops, axes = [], [], [], [], []
     labels = torch.tensor(list(CLASSES.values())).repeat_interleave(some)
     for seed in track(range(seeds), description="seeds", transient=True):
         for name, label in CLASSES.items():
@@ -256,6 +260,8 @@ def measure_quality(
         pairs = {n: spread(g, 4 * few) for n, g in grids.items()}
         rows = measure_unusual(network, pairs, CLASSES, POINTS, seed)
         unusual += [{"clouds": 4 * few, **row} for row in rows]
+        alarms = measure_axes(network, torch.cat(list(sets.values())))
+        axes.append({"seed": seed, "clouds": 2 * few, **alarms})
         both = torch.cat([voxel_clouds(spread(g, some), POINTS, seed) for g in grids.values()])
         drops.append(measure_drops(network, both, labels, seed))
     both = torch.cat([voxel_clouds(spread(g, some), POINTS, 0) for g in grids.values()])
@@ -264,6 +270,7 @@ def measure_quality(
         "outliers": outliers,
         "corruptions": corruptions,
         "unusual": unusual,
+        "axes": axes,
         "drops": over_seeds(drops),
         "defence": measure_defence(network, both[pick], labels[pick], 5 if quick else 40),
     }

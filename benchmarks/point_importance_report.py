@@ -67,6 +67,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
     if "unusual" in result:
         _show_unusual(result["unusual"], console)
+        _show_axes(result["axes"], console)
 
     table = Table(title="Drop curves: area under accuracy, shares 0 to 0.9 (0.9 is perfect)")
     columns = ["score", "high-drop (lower is better)", "low-drop (higher is better)", "roughness"]
@@ -118,6 +119,17 @@ def _show_unusual(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_column(column, justify="left" if column == "against clean" else "right")
     for (kind, points), group in _grouped(rows, "against clean", "points").items():
         table.add_row(kind, str(points), *(_over_seeds(group, name) for name in names))
+    console.print(table)
+
+
+def _show_axes(rows: list[dict[str, Any]], console: Console) -> None:
+    orders = [name for name in rows[0] if name not in ("seed", "clouds")]
+    table = Table(
+        title=f"Alarms of the axis check at single clouds, {rows[0]['clouds']} of each order"
+    )
+    for order in orders:
+        table.add_column(order + (" (trained)" if order == "xyz" else ""), justify="right")
+    table.add_row(*(_over_seeds(rows, order) for order in orders))
     console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""Who tells corrupted clouds and wrong answers: a part of :mod:`benchmarks.point_importance`.
+"""Who tells corrupted, mistaken and turned clouds: a part of :mod:`benchmarks.point_importance`.
 
 Scores of whole clouds compare at equal numbers of points only. A corruption that adds points is
 thinned out to the number of before; for one that takes some away, clean clouds of as few points
@@ -7,6 +7,7 @@ are drawn from the same shapes. References are clean clouds of other shapes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +25,9 @@ from cmd_plugin.pointcloud import (
 )
 from cmd_plugin.pointcloud.files import resampled, voxel_clouds
 from cmd_plugin.pointcloud.outlier_metrics import ScoreAUROC
+from cmd_plugin.pointcloud.weights import axis_doubt, axis_orders
 
-__all__ = ["measure_roughness", "measure_unusual"]
+__all__ = ["measure_axes", "measure_roughness", "measure_unusual"]
 
 _CHUNK = 8  # clouds in a forward pass
 _LEVEL = 4  # the strongest
@@ -102,3 +104,13 @@ def _scored(
 def measure_roughness(clouds: Tensor, scores: Mapping[str, Tensor]) -> dict[str, float]:
     """Mean roughness of each kind of scores [B, N] on the same clouds."""
     return {name: float(roughness(clouds, score).mean()) for name, score in scores.items()}
+
+
+def measure_axes(network: nn.Module, clouds: Tensor) -> dict[str, float]:
+    """Share of single clouds at which the axis check raises an alarm, by the order they come in."""
+    shares = {}
+    for axes in itertools.permutations(range(3)):
+        turned = clouds[..., list(axes)]
+        doubts = [axis_doubt(axis_orders(network, cloud)) is not None for cloud in turned.split(1)]
+        shares["".join("xyz"[axis] for axis in axes)] = sum(doubts) / len(doubts)
+    return shares

@@ -139,9 +139,8 @@ def axis_orders(
 def axis_doubt(orders: Sequence[AxisOrder], margin: float = 0.1) -> AxisOrder | None:
     """The order of axes that suits a network better than the one given; None if none surely does.
 
-    With labels, by accuracy; without, by confidence. On 120 chairs and monitors, one at a time,
-    the margin of 0.1 raised no alarm at clouds as a PointNet was trained on them, and one at 69 to
-    90 % of those with their axes in one of the five other orders: silence is no proof.
+    With labels, by accuracy; without, by confidence. Of a single cloud in the wrong order a network
+    can be sure as well, so silence is no proof: ``benchmarks/point_importance.py`` counts that.
 
     Args:
         orders: From :func:`axis_orders`.
