@@ -144,6 +144,7 @@ class Watch(TorchFunctionMode):
         self._layer_seen = self._head_seen = False
         self._rows = self.batch * self.points if mask is None else int(mask.sum())
         self._rectified: Any = None  # what the call before returned, if that was a ReLU
+        self._version = 0  # its version then: not all that changes tensors is seen here
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -157,7 +158,7 @@ class Watch(TorchFunctionMode):
             if isinstance(result, Tensor) and result.ndim == 3 and result.shape[2] == 3:
                 self._keep_coordinates(result)
         elif name in _RECTIFIERS:
-            self._rectified = result
+            self._rectified, self._version = result, getattr(result, "_version", 0)
         elif name in _POOLS:
             self._consider(name, args, kwargs or {}, result, rectified)
             self._calls += 1
@@ -235,7 +236,7 @@ class Watch(TorchFunctionMode):
                 group,
                 features,
                 version,
-                rectified is args[0],
+                rectified is args[0] and args[0]._version == self._version,
             )
         )
 

@@ -140,6 +140,12 @@ def test_a_tensor_overwritten_after_the_pool_is_scored_as_it_was() -> None:
     torch.testing.assert_close(point_importance(network, points).scores, expected)
 
 
+def unseen(x: Tensor) -> Tensor:
+    """Change a tensor as an extension may: without a torch function that a mode could see."""
+    with torch._C.DisableTorchFunction():
+        return x.sub_(0.5)
+
+
 @pytest.mark.parametrize(
     ("tail", "signed"),
     [
@@ -147,6 +153,7 @@ def test_a_tensor_overwritten_after_the_pool_is_scored_as_it_was() -> None:
         (lambda x: torch.relu(x).sub_(0.5), True),  # the ReLU's own output, changed since
         (lambda x: torch.relu(x).amax(dim=2, keepdim=True) - x, False),
         (lambda x: torch.relu(x).mul(torch.tensor([1.0] * 11 + [-1.0])), True),
+        (lambda x: unseen(torch.relu(x)), True),
         (lambda x: x.exp(), False),
         (lambda x: x.relu_(), False),
         (lambda x: x.relu_().index_fill_(2, torch.tensor([11]), -2.0), True),
