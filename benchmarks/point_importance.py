@@ -1,7 +1,9 @@
 """What do importance scores find, does refocusing repair a network, and what do they cost?
 
-    python -m benchmarks.point_importance --data-root DATA           # 10 minutes of CPU time
-    python -m benchmarks.point_importance --data-root DATA --quick   # 1 minute, nothing is written
+    python -m benchmarks.point_importance --data-root DATA                 # all, 20 minutes
+    python -m benchmarks.point_importance --data-root DATA --timing-only   # replaces the times
+    python -m benchmarks.point_importance --data-root DATA --quality-only  # replaces the rest
+    python -m benchmarks.point_importance --data-root DATA --quick         # writes nothing
 
 A PointNet that nobody here trained (ModelNet40 weights of learning3d, MIT) on real shapes: chairs
 and monitors of ModelNet10, as surface points of voxel grids. These shapes are in the weights'
@@ -9,8 +11,8 @@ training set, so the accuracies below are regression numbers, never an accuracy 
 
 Corruptions are ModelNet-C-style with the seeds named, not the official files. Every method sees
 the same clouds; SOR is the statistical outlier removal of Zhou et al. with k = 2, alpha = 1.1.
-Times are CPU times of the process, so that a busy machine does not count. Results:
-``results/point_importance.json`` and ``.png``.
+Results: ``results/point_importance.json`` and ``.png``. Times depend on the machine and are better
+taken on an idle one; the rest does not.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.machine import RESULTS, describe_machine
+from benchmarks.point_importance_timing import measure_others, measure_overhead
+from benchmarks.point_importance_unusual import (
+    measure_axes,
+    measure_roughness,
+    measure_unusual,
+)
 from cmd_plugin.errors import require
 from cmd_plugin.pointcloud import (
     CORRUPTIONS,
@@ -176,7 +183,7 @@ def integrated(network: nn.Module, clouds: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(rows).detach()
 
 
-def measure_drops(network: nn.Module, clouds: Tensor, labels: Tensor, ties: int) -> dict[str, Any]:
+def measure_drops(network: nn.Module, clouds: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
     """Drop curves of our scores, Captum's, and random order."""
     order = {1.0: "L1", 2.0: "L2", float("inf"): "Linf"}
     scores = {
@@ -186,30 +193,29 @@ def measure_drops(network: nn.Module, clouds: Tensor, labels: Tensor, ties: int)
     scores["count"] = chunked(lambda p: point_importance(network, p, "critical++").scores, clouds)
     scores["saliency (Captum)"] = gradients(network, clouds, labels)
     scores["integrated gradients (Captum)"] = integrated(network, clouds, labels)
-    scores["random"] = random_scores(clouds)
+    scores["random"] = random_scores(clouds, seed=seed)
+    rough = measure_roughness(clouds, scores)
     result: dict[str, Any] = {}
     for name, score in track(scores.items(), description="drop curves", transient=True):
-        result[name] = {}
+        result[name] = {"roughness": rough[name]}
         for direction in ("high", "low"):
             curve = DropCurve()
-            for seed in range(ties):
-                for start in range(0, len(clouds), _CHUNK):
-                    part = slice(start, start + _CHUNK)
-                    logits = perturbed_logits(
-                        network,
-                        clouds[part],
-                        score[part],
-                        direction,  # type: ignore[arg-type]
-                        seed=seed,
-                        index=torch.arange(start, min(start + _CHUNK, len(clouds))),
-                    )
-                    curve.update(logits, labels[part])
+            for start in range(0, len(clouds), _CHUNK):
+                part = slice(start, start + _CHUNK)
+                logits = perturbed_logits(
+                    network,
+                    clouds[part],
+                    score[part],
+                    direction,  # type: ignore[arg-type]
+                    seed=seed,
+                    index=torch.arange(start, min(start + _CHUNK, len(clouds))),
+                )
+                curve.update(logits, labels[part])
             found = curve.compute()
             result[name][direction] = {
                 "area": float(found["accuracy_auc"]),
                 "accuracy": [round(v, 4) for v in found["accuracy"].tolist()],
             }
-    result["fractions"] = list(DropCurve().fractions)
     return result
 
 
@@ -236,91 +242,68 @@ def measure_defence(
     }
 
 
-def clock(*works: Callable[[], Any], repeats: int) -> list[list[float]]:
-    """CPU seconds of each call of each function, in turns, so that drifts meet all alike."""
-    for work in works:
-        work()
-    seconds: list[list[float]] = [[] for _ in works]
-    for _ in range(repeats):
-        for work, times in zip(works, seconds, strict=True):
-            started = time.process_time()
-            work()
-            times.append(time.process_time() - started)
-    return seconds
-
-
-def measure_overhead(
-    networks: dict[str, nn.Module], cloud: Tensor, repeats: int
-) -> list[dict[str, Any]]:
-    """A forward pass, and the same with scores; ratios of neighbouring pairs."""
-    rows = []
-    for name, network in networks.items():
-        for batch in (1, 8):
-            clouds = cloud.expand(batch, -1, -1).contiguous()
-
-            def forward(model: nn.Module = network, points: Tensor = clouds) -> None:
-                with torch.no_grad():
-                    model(points)
-
-            def fbi(model: nn.Module = network, points: Tensor = clouds) -> None:
-                point_importance(model, points)
-
-            def counts(model: nn.Module = network, points: Tensor = clouds) -> None:
-                point_importance(model, points, "critical++")
-
-            plain, scored, counted = clock(forward, fbi, counts, repeats=repeats)
-            rows.append(
-                {
-                    "network": name,
-                    "batch": batch,
-                    "forward_ms": 1e3 * statistics.median(plain),
-                    "fbi_overhead_percent": 100.0 * (paired(scored, plain) - 1.0),
-                    "count_overhead_percent": 100.0 * (paired(counted, plain) - 1.0),
-                }
-            )
-    return rows
-
-
-def paired(first: list[float], second: list[float]) -> float:
-    """Median ratio of calls made one after the other."""
-    return statistics.median(a / b for a, b in zip(first, second, strict=True))
-
-
-def measure_others(network: nn.Module, cloud: Tensor, label: int, repeats: int) -> dict[str, Any]:
-    """Seconds of Captum's methods on the same cloud and network, and how many FBIs they cost."""
-    attr = require("captum.attr", "xai")
-    occlusion, path, saliency = (
-        attr.Occlusion(network),
-        attr.IntegratedGradients(network),
-        attr.Saliency(network),
-    )
-    works: dict[str, Callable[[], Any]] = {
-        "occlusion, point by point": lambda: occlusion.attribute(
-            cloud, sliding_window_shapes=(1, 3), target=label, perturbations_per_eval=_CHUNK
-        ),
-        "integrated gradients, 50 steps": lambda: path.attribute(
-            cloud, target=label, n_steps=50, internal_batch_size=_CHUNK
-        ),
-        "saliency": lambda: saliency.attribute(cloud.clone().requires_grad_(), target=label),
+def measure_quality(
+    network: nn.Module, grids: dict[str, Tensor], seeds: int, count: int, *, quick: bool
+) -> dict[str, Any]:
+    """Everything but times, each with all seeds except for the attacks."""
+    few, some = (8, 4) if quick else (40, 32)
+    outliers, corruptions, unusual, drops, axes = [], [], [], [], []
+    labels = torch.tensor(list(CLASSES.values())).repeat_interleave(some)
+    for seed in track(range(seeds), description="seeds", transient=True):
+        for name, label in CLASSES.items():
+            clean = voxel_clouds(spread(grids[name], count), POINTS, seed)
+            rows = measure_outliers(network, clean, label, seed)
+            outliers += [{"class": name, "clouds": count, **row} for row in rows]
+        sets = {n: voxel_clouds(spread(g, few), POINTS, seed) for n, g in grids.items()}
+        rows = measure_corruptions(network, sets, seed)
+        corruptions += [{"clouds": 2 * few, **row} for row in rows]
+        pairs = {n: spread(g, 4 * few) for n, g in grids.items()}
+        rows = measure_unusual(network, pairs, CLASSES, POINTS, seed)
+        unusual += [{"clouds": 4 * few, **row} for row in rows]
+        alarms = measure_axes(network, torch.cat(list(sets.values())))
+        axes.append({"seed": seed, "clouds": 2 * few, **alarms})
+        both = torch.cat([voxel_clouds(spread(g, some), POINTS, seed) for g in grids.values()])
+        drops.append(measure_drops(network, both, labels, seed))
+    both = torch.cat([voxel_clouds(spread(g, some), POINTS, 0) for g in grids.values()])
+    pick = slice(None, None, 1 if quick else 4)
+    return {
+        "outliers": outliers,
+        "corruptions": corruptions,
+        "unusual": unusual,
+        "axes": axes,
+        "drops": over_seeds(drops),
+        "defence": measure_defence(network, both[pick], labels[pick], 5 if quick else 40),
     }
 
-    def forward() -> None:
-        with torch.no_grad():
-            network(cloud)
 
-    result = {}
-    for name, work in works.items():
-        slow, own, plain = clock(
-            work, lambda: point_importance(network, cloud), forward, repeats=repeats
-        )
-        extra = max(statistics.median(a - b for a, b in zip(own, plain, strict=True)), 1e-9)
-        result[name] = {
-            "seconds": statistics.median(slow),
-            "fbi_seconds": statistics.median(own),
-            "times_slower_than_fbi": statistics.median(slow) / statistics.median(own),
-            "times_slower_than_what_fbi_adds": statistics.median(slow) / extra,
-        }
-    return result
+def over_seeds(drops: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean drop curves of all seeds, and the area of each."""
+    result: dict[str, Any] = {}
+    for name in drops[0]:
+        rough = [seed[name]["roughness"] for seed in drops]
+        result[name] = {"roughness": statistics.fmean(rough), "roughnesses": rough}
+        for direction in ("high", "low"):
+            curves = [seed[name][direction] for seed in drops]
+            areas = [curve["area"] for curve in curves]
+            steps = zip(*(curve["accuracy"] for curve in curves), strict=True)
+            accuracy = [round(statistics.fmean(step), 4) for step in steps]
+            mean = statistics.fmean(areas)
+            result[name][direction] = {"area": mean, "areas": areas, "accuracy": accuracy}
+    return {**result, "fractions": list(DropCurve().fractions)}
+
+
+def measure_times(network: nn.Module, grids: dict[str, Tensor], *, quick: bool) -> dict[str, Any]:
+    """What scores cost, here and elsewhere."""
+    torch.manual_seed(0)
+    cloud = voxel_clouds(spread(grids["chair"], 1), POINTS, 0)
+    often, seldom = (5, 3) if quick else (201, 21)
+    graphs = {"DGCNN, untrained": DGCNN(40).eval()}  # a hundred times as slow
+    overhead = measure_overhead({"PointNet": network}, cloud, often)
+    return {
+        "overhead": overhead + measure_overhead(graphs, cloud, seldom),
+        "others": measure_others(network, cloud, CLASSES["chair"], 1 if quick else 3),
+        "machine": describe_machine(),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -328,46 +311,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", type=Path, default=os.environ.get("CMD_PLUGIN_DATA"))
     parser.add_argument("--clouds", type=int, default=200, help="of each class, planted outliers")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="few clouds, nothing is written")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--timing-only", action="store_true", help="keep all but times as in --out")
+    part.add_argument("--quality-only", action="store_true", help="keep the times as in --out")
     parser.add_argument("--out", type=Path, default=RESULTS / "point_importance.json")
     options = parser.parse_args(arguments)
     if options.data_root is None:
         parser.error("say where the data lie: --data-root, or the variable CMD_PLUGIN_DATA")
+    if (options.timing_only or options.quality_only) and not options.out.is_file():
+        parser.error(f"there is no {options.out} with the other part: measure both first")
     torch.set_num_threads(options.threads)
-    seeds = range(1 if options.quick else options.seeds)
-    count, few = (16, 8) if options.quick else (options.clouds, 40)
     network, grids = load(Path(options.data_root))
-    console = Console(width=140)
-    outliers, corruptions = [], []
-    for seed in track(seeds, description="outliers and corruptions", transient=True):
-        for name, label in CLASSES.items():
-            clean = voxel_clouds(spread(grids[name], count), POINTS, seed)
-            rows = measure_outliers(network, clean, label, seed)
-            outliers += [{"class": name, "clouds": count, **row} for row in rows]
-        sets = {n: voxel_clouds(spread(g, few), POINTS, seed) for n, g in grids.items()}
-        corruptions += [
-            {"clouds": 2 * few, **row} for row in measure_corruptions(network, sets, seed)
-        ]
-    some = 4 if options.quick else 32
-    both = torch.cat([voxel_clouds(spread(g, some), POINTS, 0) for g in grids.values()])
-    labels = torch.tensor(list(CLASSES.values())).repeat_interleave(some)
-    pick = slice(None, None, 1 if options.quick else 4)
-    torch.manual_seed(0)
-    networks = {"PointNet": network, "DGCNN, untrained": DGCNN(40).eval()}
-    result = {
-        "outliers": outliers,
-        "corruptions": corruptions,
-        "drops": measure_drops(network, both, labels, ties=1 if options.quick else 2),
-        "defence": measure_defence(network, both[pick], labels[pick], 5 if options.quick else 40),
-        "overhead": measure_overhead(networks, both[:1], 5 if options.quick else 41),
-        "others": measure_others(network, both[:1], CLASSES["chair"], 1 if options.quick else 3),
-        "machine": describe_machine(),
-    }
+    result: dict[str, Any] = {}
+    if options.timing_only or options.quality_only:
+        result = json.loads(options.out.read_text(encoding="utf-8"))
+    if not options.timing_only:
+        seeds, count = (1, 16) if options.quick else (options.seeds, options.clouds)
+        result |= measure_quality(network, grids, seeds, count, quick=options.quick)
+    if not options.quality_only:
+        result |= measure_times(network, grids, quick=options.quick)
     from benchmarks.point_importance_report import draw, show
 
-    show(result, console)
+    show(result, Console(width=140))
     if not options.quick:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -65,12 +65,21 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(kind, *cells, f"{change:+.3f} {word}")
     console.print(table)
 
+    if "unusual" in result:
+        _show_unusual(result["unusual"], console)
+        _show_axes(result["axes"], console)
+
     table = Table(title="Drop curves: area under accuracy, shares 0 to 0.9 (0.9 is perfect)")
-    for column in ("score", "high-drop (lower is better)", "low-drop (higher is better)"):
+    columns = ["score", "high-drop (lower is better)", "low-drop (higher is better)", "roughness"]
+    for column in columns:
         table.add_column(column, justify="left" if column == "score" else "right")
     for name, curves in _curves(result).items():
-        areas = [f"{curves[way]['area']:.3f}" for way in ("high", "low")]
-        table.add_row(name, *areas)
+        areas = []
+        for way in ("high", "low"):
+            rows = [{"area": area} for area in curves[way].get("areas", [curves[way]["area"]])]
+            areas.append(_over_seeds(rows, "area"))
+        rough = [{"roughness": value} for value in curves.get("roughnesses", [])]
+        table.add_row(name, *areas, _over_seeds(rows=rough, key="roughness") if rough else "")
     console.print(table)
 
     table = Table(title="Subset defence: share answered wrongly")
@@ -87,8 +96,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(
             f"{row['network']}, forward of {row['batch']}",
             f"{row['forward_ms']:.1f} ms",
-            f"FBI adds {row['fbi_overhead_percent']:.1f} %, counts "
-            f"{row['count_overhead_percent']:.1f} %",
+            f"FBI adds {_overheads(row, 'fbi')} %, counts {_overheads(row, 'count')} %",
         )
     for name, row in result["others"].items():
         table.add_row(
@@ -98,6 +106,37 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{row['times_slower_than_what_fbi_adds']:,.0f}x what FBI adds",
         )
     console.print(table)
+
+
+def _show_unusual(rows: list[dict[str, Any]], console: Console) -> None:
+    """AUROC of scores of whole clouds; below 0.5 the unusual ones score lower."""
+    names = [n for n in rows[0] if n not in ("seed", "clouds", "points", "against clean")]
+    table = Table(
+        title=f"AUROC of scores of clouds, {rows[0]['clouds']} clean and as many of level 4, "
+        "equal numbers of points"
+    )
+    for column in ("against clean", "points", *names):
+        table.add_column(column, justify="left" if column == "against clean" else "right")
+    for (kind, points), group in _grouped(rows, "against clean", "points").items():
+        table.add_row(kind, str(points), *(_over_seeds(group, name) for name in names))
+    console.print(table)
+
+
+def _show_axes(rows: list[dict[str, Any]], console: Console) -> None:
+    orders = [name for name in rows[0] if name not in ("seed", "clouds")]
+    table = Table(
+        title=f"Alarms of the axis check at single clouds, {rows[0]['clouds']} of each order"
+    )
+    for order in orders:
+        table.add_column(order + (" (trained)" if order == "xyz" else ""), justify="right")
+    table.add_row(*(_over_seeds(rows, order) for order in orders))
+    console.print(table)
+
+
+def _overheads(row: dict[str, Any], what: str) -> str:
+    median, fastest = (f"{what}_overhead_percent", f"{what}_overhead_percent_of_minima")
+    least = f" (fastest calls {row[fastest]:.1f})" if fastest in row else ""
+    return f"{row[median]:.1f}{least}"
 
 
 def _curves(result: dict[str, Any]) -> dict[str, Any]:

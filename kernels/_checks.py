@@ -1,14 +1,20 @@
-"""What the kernels ask of the state vectors they are given."""
+"""What the kernels ask of the state vectors and clouds they are given."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from cmd_plugin.errors import ShapeError
+from cmd_plugin.errors import NonFiniteError, ShapeError
 from cmd_plugin.kernels.flat_view import FlatView
 
-__all__ = ["require_backup", "require_pair", "require_state", "require_vector"]
+__all__ = [
+    "require_backup",
+    "require_clouds",
+    "require_pair",
+    "require_state",
+    "require_vector",
+]
 
 
 def require_state(
@@ -74,3 +80,20 @@ def require_backup(weights: FlatView, backup: FlatView) -> None:
             "backup must have the weights' shapes, dtypes and device: make it with "
             "weights.empty_like()."
         )
+
+
+def require_clouds(name: str, clouds: Tensor) -> None:
+    """Raise unless ``clouds`` are [B, N, C] floating point with N, C >= 1, and finite.
+
+    Raises:
+        ShapeError: If shape or dtype do not fit.
+        NonFiniteError: If a coordinate is NaN or infinite.
+    """
+    if clouds.ndim != 3 or not clouds.shape[1] or not clouds.shape[2]:
+        raise ShapeError(f"{name} must be [B, N, C], got {tuple(clouds.shape)}.")
+    if not clouds.is_floating_point():
+        raise ShapeError(f"{name} must be floating point, got {clouds.dtype}.")
+    finite = clouds.isfinite()
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise NonFiniteError(f"{name} hold {bad} NaN or infinite coordinates: remove them first.")

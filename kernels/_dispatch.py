@@ -24,6 +24,8 @@ Backend = Literal["auto", "torch", "numba", "triton"]
 
 VARIABLE = "CMD_PLUGIN_BACKEND"
 _NAMES = ("auto", "torch", "numba", "triton")
+_LIBRARIES = {"fpsample": "points", "scipy": None}  # of point kernels, and the extra they come with
+_STRIDES = "cannot address a tensor that is not contiguous and has more than five dimensions there"
 
 # Loading numba takes a second: below this many weights PyTorch has finished long before.
 _WORTH_COMPILING = 1 << 16
@@ -32,7 +34,7 @@ _last: dict[str, str] = {}
 
 
 def last_backend(kernel: str | None = None) -> str | None:
-    """Return which implementation ran last: ``"torch"``, ``"numba"`` or ``"triton"``.
+    """Return which implementation ran last: ``"torch"``, ``"numba"``, ``"triton"`` or a library.
 
     Args:
         kernel: Name of a kernel, such as ``"update_affine"``; None means whichever ran last.
@@ -49,62 +51,88 @@ def choose(
     kernel: str,
     backend: str,
     device: torch.device,
-    numel: int,
+    numel: int = 0,
     *,
     numba: bool | None = None,
+    library: str | None = None,
     triton: bool = True,
+    triton_limit: str = _STRIDES,
 ) -> str:
     """Decide which implementation runs, and remember it for :func:`last_backend`.
 
-    ``"auto"`` means the environment variable ``CMD_PLUGIN_BACKEND`` if it is set; otherwise Triton
-    on CUDA devices, numba on CPUs for vectors worth it, and PyTorch for the rest. A backend that
-    was asked for by name runs or raises: it is never replaced.
+    ``"auto"`` means the environment variable ``CMD_PLUGIN_BACKEND`` if it names an implementation
+    that this kernel has; otherwise Triton on CUDA devices, on CPUs numba for vectors worth it or
+    the library that has this primitive, and PyTorch for the rest. A backend that was asked for by
+    name runs or raises: it is never replaced.
 
     Args:
         kernel: Name of the kernel.
         backend: What the caller asked for.
-        device: Where the weights and the state are.
-        numel: Number of weights.
+        device: Where the tensors are.
+        numel: Number of weights; only numba asks.
         numba: Whether the compiled CPU path can address these arguments; None if the kernel has
             none.
-        triton: Whether the Triton path can.
+        library: CPU library that has this primitive for these arguments, if any.
+        triton: Whether the Triton path can address them.
+        triton_limit: Why it cannot, to follow the kernel's name in a sentence.
 
     Raises:
         InputError: If the name is unknown, or that backend cannot address these arguments.
         MissingDependency: If the package it needs is not installed.
     """
     asked = f"backend={backend!r}"
-    if backend == "auto" and (backend := os.environ.get(VARIABLE, "auto")) != "auto":
-        asked = f"{VARIABLE}={backend}"
-    if backend not in _NAMES:
-        raise InputError(f"{asked} is not one of {', '.join(_NAMES)}.")
+    names = _NAMES if library is None else (*_NAMES, library)
+    if backend == "auto" and (wanted := os.environ.get(VARIABLE, "auto")) != "auto":
+        if wanted not in (*_NAMES, *_LIBRARIES):
+            known = ", ".join((*_NAMES, *_LIBRARIES))
+            raise InputError(f"{VARIABLE}={wanted} is not one of {known}.")
+        if wanted in names and (wanted != "numba" or numba is not None):
+            backend, asked = wanted, f"{VARIABLE}={wanted}"
+    if backend not in names:
+        raise InputError(f"{asked} of {kernel} is not one of {', '.join(names)}.")
     if backend == "auto":
-        backend = _automatic(device, numel, bool(numba), triton)
+        backend = _automatic(device, numel, bool(numba), triton, library)
     elif backend == "numba":
-        if numba is None:
-            raise InputError(f"{asked}: {kernel} has no compiled CPU path: use 'auto' or 'torch'.")
-        if not numba:
-            raise InputError(
-                f"{asked}: the compiled path of {kernel} needs contiguous CPU tensors in a dtype "
-                "it computes in, which these are not: use 'auto'."
-            )
-        require("numba", "fast")
+        _require_numba(asked, kernel, numba)
     elif backend == "triton":
-        if not _installed("triton"):
-            raise MissingDependency(f"{asked}: run pip install triton (Linux only).")
-        if not triton:
-            raise InputError(
-                f"{asked}: {kernel} cannot address a tensor that is not contiguous and has more "
-                "than five dimensions there: use 'auto'."
-            )
-        if device.type != "cuda" and not interpreting():
-            raise InputError(
-                f"{asked}: Triton runs on CUDA devices and these tensors are on {device}: use "
-                "'auto', or TRITON_INTERPRET=1 to check a kernel on a CPU."
-            )
+        _require_triton(asked, kernel, device, None if triton else triton_limit)
+    elif backend == library:
+        _require_library(asked, backend, device)
     _last.pop(kernel, None)
     _last[kernel] = backend
     return backend
+
+
+def _require_numba(asked: str, kernel: str, addressable: bool | None) -> None:
+    if addressable is None:
+        raise InputError(f"{asked}: {kernel} has no compiled CPU path: use 'auto' or 'torch'.")
+    if not addressable:
+        raise InputError(
+            f"{asked}: the compiled path of {kernel} needs contiguous CPU tensors in a dtype "
+            "it computes in, which these are not: use 'auto'."
+        )
+    require("numba", "fast")
+
+
+def _require_triton(asked: str, kernel: str, device: torch.device, limit: str | None) -> None:
+    if not _installed("triton"):
+        raise MissingDependency(f"{asked}: run pip install triton (Linux only).")
+    if limit is not None:
+        raise InputError(f"{asked}: {kernel} {limit}: use 'auto'.")
+    if device.type != "cuda" and not interpreting():
+        raise InputError(
+            f"{asked}: Triton runs on CUDA devices and these tensors are on {device}: use "
+            "'auto', or TRITON_INTERPRET=1 to check a kernel on a CPU."
+        )
+
+
+def _require_library(asked: str, library: str, device: torch.device) -> None:
+    if not _installed(library):
+        extra = _LIBRARIES[library]
+        what = library if extra is None else f'"cmd-plugin[{extra}]"'
+        raise MissingDependency(f"{asked}: run pip install {what}.")
+    if device.type != "cpu":
+        raise InputError(f"{asked}: {library} runs on CPUs and these tensors are on {device}.")
 
 
 def interpreting() -> bool:
@@ -112,11 +140,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _automatic(device: torch.device, numel: int, numba: bool, triton: bool) -> str:
+def _automatic(
+    device: torch.device, numel: int, numba: bool, triton: bool, library: str | None
+) -> str:
     if device.type == "cuda":
         return "triton" if triton and _installed("triton") else "torch"
-    compiled = numba and numel >= _WORTH_COMPILING and _installed("numba")
-    return "numba" if compiled else "torch"
+    if numba and numel >= _WORTH_COMPILING and _installed("numba"):
+        return "numba"
+    usable = library is not None and device.type == "cpu" and _installed(library)
+    return library if usable and library is not None else "torch"
 
 
 @cache

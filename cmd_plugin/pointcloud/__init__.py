@@ -11,12 +11,17 @@ from cmd_plugin.pointcloud.corruption_error import (
 from cmd_plugin.pointcloud.corruptions import CORRUPTIONS, corrupt, shuffle_points
 from cmd_plugin.pointcloud.defences import Defences, train_defences
 from cmd_plugin.pointcloud.diversity import Diversity, EnsembleDiversity
-from cmd_plugin.pointcloud.drop_curves import DropCurve, perturbed_logits, random_scores
+from cmd_plugin.pointcloud.drop_curves import (
+    DropCurve,
+    perturbed_logits,
+    random_scores,
+    roughness,
+)
 from cmd_plugin.pointcloud.epic import EPiC, Votes
-from cmd_plugin.pointcloud.focus import FocusReference
+from cmd_plugin.pointcloud.focus import FocusReference, gini, unusual_scores
 from cmd_plugin.pointcloud.importance import ImportanceHead, PointImportance, point_importance
 from cmd_plugin.pointcloud.networks import build_network
-from cmd_plugin.pointcloud.outlier_metrics import cloud_bootstrap, outlier_metrics
+from cmd_plugin.pointcloud.outlier_metrics import cloud_bootstrap, outlier_metrics, separation
 from cmd_plugin.pointcloud.outliers import (
     remove_outliers,
     statistical_outliers,
@@ -66,6 +71,7 @@ __all__ = [
     "corrupt",
     "corrupted_sets",
     "evaluate_corruptions",
+    "gini",
     "gradient_attack",
     "importance_order",
     "kept_count",
@@ -80,6 +86,8 @@ __all__ = [
     "refocus",
     "released_sets",
     "remove_outliers",
+    "roughness",
+    "separation",
     "shape_clouds",
     "shuffle_points",
     "statistical_outliers",
@@ -87,4 +95,5 @@ __all__ = [
     "train_defences",
     "uncritical_subset",
     "unit_sphere",
+    "unusual_scores",
 ]

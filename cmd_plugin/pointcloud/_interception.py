@@ -57,8 +57,17 @@ def inner_module(model: nn.Module) -> nn.Module:
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put networks into evaluation mode; every module gets its own mode back afterwards."""
-    training = [(module, module.training) for model in models for module in model.modules()]
-    # Setting an attribute of a module is slow: a small network in evaluation mode would feel it.
+    # A walk of our own, because modules() makes up the names of all; a small network feels that.
+    training: list[tuple[nn.Module, bool]] = []
+    seen: set[nn.Module] = set()
+    waiting: list[nn.Module | None] = list(models)
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in seen:
+            seen.add(module)
+            training.append((module, module.training))
+            waiting.extend(module._modules.values())
+    # Setting an attribute of a module is slow, too.
     if any(flag for _, flag in training):
         for model in models:
             model.eval()
@@ -87,13 +96,19 @@ def scores_of(output: Any) -> Tensor:
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode, no gradients, no compiler; modes and random numbers as before afterwards."""
-    devices = [device] if device.type == "cuda" else []
     # Whatever was compiled runs uncompiled here: a compiled graph calls no torch functions. Before
     # the first compilation there is nothing to switch off, and asking would load the compiler.
     compiler = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), eager, evaluating(model):
-        yield
+    random = torch.get_rng_state()
+    cuda_random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        with torch.no_grad(), eager, evaluating(model):
+            yield
+    finally:
+        torch.set_rng_state(random)
+        if cuda_random is not None:
+            torch.cuda.set_rng_state(cuda_random, device)
 
 
 def intercept(

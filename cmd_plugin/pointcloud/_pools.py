@@ -45,6 +45,8 @@ _SCATTERS = frozenset({"scatter_reduce", "scatter_reduce_"})
 _POOLS = _MAXIMA | _OTHERS | _SCATTERS
 _FEWEST = 8  # tokens: sums over coordinates, colours and normals are no pools
 _LAYERS = frozenset({"addmm", "bmm", "conv1d", "conv2d", "einsum", "linear", "matmul", "mm"})
+_RECTIFIERS = frozenset({"relu", "relu6", "relu_"})
+_KNOWN = _POOLS | _LAYERS | _RECTIFIERS
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Pool:
         group: Pools of one group follow each other without a head between them.
         features: [B, F, M], a view of what enters it; dropped when a later group is found.
         version: Of the tensor, to notice if it is changed in place after the pool.
+        rectified: Whether a ReLU made it, so that nothing in it is negative; False says nothing.
     """
 
     call: int
@@ -70,6 +73,7 @@ class Pool:
     group: int
     features: Tensor | None
     version: int
+    rectified: bool = False
 
     def __str__(self) -> str:
         _, channels, tokens = self.shape
@@ -139,38 +143,49 @@ class Watch(TorchFunctionMode):
         self._calls = 0
         self._layer_seen = self._head_seen = False
         self._rows = self.batch * self.points if mask is None else int(mask.sum())
+        self._rectified: Any = None  # what the call before returned, if that was a ReLU
+        self._version = 0  # its version then: not all that changes tensors is seen here
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call the function; note pools, heads, and possible coordinates of tokens."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        # This runs at each of the network's calls, so most of them must leave it at once.
+        result = func(*args, **kwargs) if kwargs else func(*args)
         name = getattr(func, "__name__", "")
-        if name in _POOLS:
-            self._consider(name, args, kwargs, result)
+        rectified, self._rectified = self._rectified, None
+        if name not in _KNOWN:
+            if isinstance(result, Tensor) and result.ndim == 3 and result.shape[2] == 3:
+                self._keep_coordinates(result)
+        elif name in _RECTIFIERS:
+            self._rectified, self._version = result, getattr(result, "_version", 0)
+        elif name in _POOLS:
+            self._consider(name, args, kwargs or {}, result, rectified)
             self._calls += 1
-        elif name in _LAYERS:
+        else:
             self._layer_seen = True
             if self._is_head(args):
                 self._head_seen = True
             elif self._head_seen:
                 self._forget()  # points are worked on again: what was pooled before fed no output
-        elif isinstance(result, Tensor) and result.ndim == 3:
-            self._keep_coordinates(result)
         return result
 
     def _is_head(self, args: tuple[Any, ...]) -> bool:
         x = args[0] if args else None
-        if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] != self.batch:
+        if not isinstance(x, Tensor):
             return False
-        return sum(size > 1 for size in x.shape[1:]) <= 1
+        shape = x.shape
+        if len(shape) == 3:  # nearly all calls
+            return shape[0] == self.batch and (shape[1] <= 1 or shape[2] <= 1)
+        if len(shape) < 2 or shape[0] != self.batch:
+            return False
+        return sum(size > 1 for size in shape[1:]) <= 1
 
     def _keep_coordinates(self, x: Tensor) -> None:
         # Positions of sampled tokens, for the way back from tokens to points. Loops that measure
         # distances make hundreds of this shape; only in these the first row is a point.
-        batch, rows, last = x.shape
-        fits = batch == self.batch and last == 3 and 1 < rows < self.points
+        batch, rows, _ = x.shape
+        fits = batch == self.batch and 1 < rows < self.points
         if fits and x.dtype == self._places.dtype:
             x = x.detach()
             if bool((self._places == x[0, 0]).all(dim=1).any()):
@@ -181,7 +196,9 @@ class Watch(TorchFunctionMode):
             if number != self.keep:
                 pool.features = None
 
-    def _consider(self, name: str, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
+    def _consider(
+        self, name: str, args: tuple[Any, ...], kwargs: Any, result: Any, rectified: Any
+    ) -> None:
         out = first_tensor(result)
         if out is None or not self._layer_seen or not args or not isinstance(args[0], Tensor):
             return
@@ -209,7 +226,19 @@ class Watch(TorchFunctionMode):
             features = features.clone()
         batch, channels, tokens = features.shape
         shape, version = (batch, channels, tokens), features._version
-        self.pools.append(Pool(self._calls, name, is_max, shape, axis, group, features, version))
+        self.pools.append(
+            Pool(
+                self._calls,
+                name,
+                is_max,
+                shape,
+                axis,
+                group,
+                features,
+                version,
+                rectified is args[0] and args[0]._version == self._version,
+            )
+        )
 
     @property
     def overwritten(self) -> bool:

@@ -1,4 +1,4 @@
-"""Drop curves: what a network loses when points go in the order of a score.
+"""How good scores are: what a network loses when points go in their order, and how rough they are.
 
 A score that finds what the network needs makes accuracy fall fast when the highest points go first
 (*high-drop*, a small area), and slowly when the lowest go first (*low-drop*, a large area); their
@@ -16,9 +16,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
+from cmd_plugin.kernels import knn
 from cmd_plugin.kernels.counter_random import CounterRandom, sample_index
 
-__all__ = ["FRACTIONS", "DropCurve", "perturbed_logits", "random_scores"]
+__all__ = ["FRACTIONS", "DropCurve", "perturbed_logits", "random_scores", "roughness"]
 
 FRACTIONS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _PURPOSE = 0x44524F50
@@ -36,6 +37,43 @@ def random_scores(points: Tensor, *, seed: int = 0, index: Tensor | None = None)
     """
     number = sample_index(index, len(points), points.device)
     return CounterRandom(seed, number, _PURPOSE + 1).uniform(points.shape[1])
+
+
+def roughness(points: Tensor, scores: Tensor, neighbours: int = 16) -> Tensor:
+    r"""How much scores jump from a point to its neighbours, [B] float64; lower is smoother.
+
+    .. math:: \frac{1}{N} \sum_i \frac{|s_i - \frac{1}{k} \sum_{j \in kNN(i)} s_j|}{\sigma(s)}
+
+    with the standard deviation over all N points of the cloud, so that the unit of the scores does
+    not matter. Random scores are between 0.8 and 0.9, constant ones 0. (Definition of our own: the
+    papers name smoothness and give no formula.)
+
+    Args:
+        points: [B, N, 3 or more]; the first three channels are coordinates.
+        scores: [B, N].
+        neighbours: k; at most N - 1 are taken.
+
+    Raises:
+        ShapeError: If shapes do not fit, or a cloud has one point only.
+        NonFiniteError: If a coordinate or a score is NaN or infinite.
+    """
+    if points.ndim != 3 or points.shape[2] < 3 or scores.shape != points.shape[:2]:
+        raise ShapeError(
+            f"points must be [B, N, 3 or more] and scores [B, N], got {tuple(points.shape)} and "
+            f"{tuple(scores.shape)}."
+        )
+    if points.shape[1] < 2 or neighbours < 1:
+        raise ShapeError(
+            f"a point needs a neighbour, got {points.shape[1]} points and {neighbours} neighbours."
+        )
+    if not bool(scores.isfinite().all()):
+        raise NonFiniteError("scores hold NaN or infinite values.")
+    near = knn(points[..., :3], min(neighbours, points.shape[1] - 1), exclude_self=True).positions
+    wide = scores.detach().double()
+    around = wide.gather(1, near.flatten(1)).view(near.shape).mean(dim=2)
+    jumps = (wide - around).abs().mean(dim=1)
+    deviation = wide.std(dim=1, correction=0)
+    return torch.where(deviation > 0, jumps / deviation.clamp_min(1e-300), 0.0)
 
 
 @torch.no_grad()

@@ -33,8 +33,9 @@ def load_cloud(path: str | Path, points: int | None = None, seed: int = 0) -> Te
     """Read one cloud, [N, 3] float32, as it is in the file (not centred or scaled).
 
     Args:
-        path: ``.npy`` or ``.npy.gz`` [N, 3 or more]; ``.pcd`` (ascii or binary); ``.ply``, with or
-            without faces; ``.off``, ``.obj``, ``.stl`` or ``.glb`` meshes, sampled evenly by area;
+        path: ``.npy`` or ``.npy.gz`` [N, 3 or more]; ``.pcd`` (ascii, binary or compressed);
+            ``.ply``, with or without faces; ``.off``, ``.obj``, ``.stl`` or ``.glb`` meshes,
+            sampled evenly by area;
             ``.xyz``, ``.txt``, ``.csv`` or ``.pts`` with one point a line.
         points: Number of points wanted; a larger cloud is thinned out at random, and a smaller one
             repeats points. By default all there are (2048 of a mesh).

@@ -1,4 +1,4 @@
-"""How unusual a network's focus on a cloud is, against its focus on clean clouds."""
+"""How unusual a cloud is to a network: its focus against that on clean clouds, and other scores."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmd_plugin.errors import InputError, NonFiniteError, StateMismatch
+from cmd_plugin.errors import InputError, NonFiniteError, ShapeError, StateMismatch
+from cmd_plugin.pointcloud.importance import PointImportance
 
-__all__ = ["FocusReference", "focus_alarms"]
+__all__ = ["FocusReference", "focus_alarms", "gini", "unusual_scores"]
 
 _BINS = 1 << 16
 _SCHEMA = "cmd_plugin.pointcloud.FocusReference/1"
@@ -162,3 +163,72 @@ def focus_alarms(entropy: Tensor, limit: float = 5.0) -> Tensor:
     """
     distance = (entropy.double() - entropy.double().median()).abs()
     return distance > limit * distance.median().clamp_min(0.5 / _BINS)
+
+
+def gini(scores: Tensor) -> Tensor:
+    r"""Gini coefficient of each cloud: 0 if its scores are equal, near 1 if one of them is all.
+
+    .. math:: G = \frac{2 \sum_i i \, s_{(i)}}{N \sum_i s_i} - \frac{N + 1}{N}, \qquad
+              s_{(1)} \le \dots \le s_{(N)}
+
+    Args:
+        scores: [B, N], none negative. A cloud of zeros has 0.
+
+    Returns:
+        [B] float64.
+
+    Raises:
+        ShapeError: If they are not [B, N].
+        InputError: If one is negative or NaN.
+    """
+    if scores.ndim != 2 or not scores.shape[1]:
+        raise ShapeError(f"scores must be [B, N], got {tuple(scores.shape)}.")
+    if not bool((scores >= 0).all()):
+        raise InputError(
+            "scores hold negative values or NaN: their Gini coefficient means nothing."
+        )
+    ordered = scores.detach().double().sort(dim=1).values
+    count = scores.shape[1]
+    rank = torch.arange(1, count + 1, dtype=torch.float64, device=scores.device)
+    total = ordered.sum(dim=1)
+    share = (ordered * rank).sum(dim=1) / total.clamp_min(1e-300)
+    return torch.where(total > 0, 2.0 * share / count - (count + 1) / count, 0.0)
+
+
+def unusual_scores(seen: PointImportance, reference: FocusReference) -> dict[str, Tensor]:
+    r"""Scores of whole clouds that may tell unusual ones from clean ones, [B] float64 each.
+
+    - ``"mean"``, ``"max"`` and ``"Gini"`` of the FBI scores of the cloud's points; whether unusual
+      clouds have larger or smaller ones depends on what is unusual about them;
+    - ``"uncertainty"``: :meth:`FocusReference.uncertainty`, larger for unusual clouds;
+    - ``"1 - max softmax"`` and ``"energy"``, :math:`-\log \sum_c e^{z_c}`, of the class scores: the
+      baselines, larger for unusual clouds.
+
+    Entropies, means and maxima depend on the number of points, so only clouds of the reference's
+    size are taken: compare what this returns for clean and for other clouds with
+    :func:`cmd_plugin.pointcloud.outlier_metrics.separation`.
+
+    Args:
+        seen: From :func:`point_importance` with a measure that counts, such as ``"critical++"``,
+            of a classifier whose output is [B, classes].
+        reference: Of clean clouds, other ones than those compared.
+
+    Raises:
+        InputError: If clouds are ragged or of another size than the reference's, nothing was
+            counted, or the reference is empty.
+        ShapeError: If the output is not [B, classes].
+    """
+    if seen.mask is not None or seen.entropy is None:
+        what = "counts (measure='critical++')" if seen.mask is None else "clouds of equal size"
+        raise InputError(f"unusual clouds are told by {what} only.")
+    if seen.output.ndim != 2 or len(seen.output) != len(seen.norm):
+        raise ShapeError(f"the output must be [B, classes], got {tuple(seen.output.shape)}.")
+    norm, logits = seen.norm.double(), seen.output.double()
+    return {
+        "mean": norm.mean(dim=1),
+        "max": norm.amax(dim=1),
+        "Gini": gini(seen.norm),
+        "uncertainty": reference.uncertainty(seen.entropy, norm.shape[1]),
+        "1 - max softmax": 1.0 - logits.softmax(dim=1).amax(dim=1),
+        "energy": -logits.logsumexp(dim=1),
+    }

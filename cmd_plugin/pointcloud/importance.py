@@ -6,6 +6,7 @@ Nothing of the network is edited: the tensor that enters its global pool is caug
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ __all__ = ["MEASURES", "ImportanceHead", "Measure", "PointImportance", "point_im
 
 Measure = Literal["fbi", "critical", "critical++", "entropy"]
 MEASURES = ("fbi", "critical", "critical++", "entropy")
+
+_FEW = 16  # channels
 
 
 @dataclass(frozen=True)
@@ -139,19 +142,29 @@ def point_importance(
     if hooked is not None:
         features = layer_features(hooked, len(points), points.shape[1], token_axis)
         source = f"layer {layer if isinstance(layer, str) else type(layer).__name__}"
+        rectified = False
     else:
         assert chosen is not None  # or _chosen_pool had raised
         assert chosen.features is not None
-        features, source = chosen.features, str(chosen)
+        features, source, rectified = chosen.features, str(chosen), chosen.rectified
     way = _way_back(features.shape[2], points, mask, watch, tokens)
     token_mask = mask if way is None else way.mask
-    scored = score_features(features, token_mask, order=norm, ties=ties, wins=counting)
+    signed = not rectified and _signed(features, token_mask)
+    scored = score_features(
+        features,
+        token_mask,
+        order=norm,
+        ties=ties,
+        wins=counting,
+        # With a mask, what it hides may be negative all the same.
+        nonnegative=not signed and (rectified or token_mask is None),
+    )
     _check_features(scored.norm, source)
     entropy = bits = parts = None
     if scored.wins is not None:
-        entropy = normalised_entropy(scored.wins, token_mask)
-        bits = normalised_entropy(scored.wins, token_mask, bits=True)
         parts = entropy_parts(scored.wins, token_mask)
+        entropy = parts.sum(dim=1)
+        bits = normalised_entropy(scored.wins, token_mask, bits=True)
     spread = (lambda x: x) if way is None else way.spread
     by_point = spread(scored.norm)
     wins = None if scored.wins is None else spread(scored.wins)
@@ -173,7 +186,7 @@ def point_importance(
         pool=source,
         channels=features.shape[1],
         tokens=features.shape[2],
-        signed=_signed(features, token_mask),
+        signed=signed,
         candidates=tuple(str(candidate) for candidate in watch.pools),
     )
 
@@ -187,10 +200,17 @@ def _check_points(points: Tensor, mask: Tensor | None) -> None:
         raise ShapeError(
             f"mask must be {tuple(points.shape[:2])} bool, got {tuple(mask.shape)} {mask.dtype}."
         )
+    if _surely_finite(points):
+        return
     real = points if mask is None else points[mask]
     wrong = int((~torch.isfinite(real)).sum())
     if wrong:
         raise NonFiniteError(f"points hold {wrong} NaN or infinite numbers: remove those points.")
+
+
+def _surely_finite(x: Tensor) -> bool:
+    """Whether the sum is finite, and with it all numbers; large finite ones may add up to inf."""
+    return math.isfinite(float(x.sum()))
 
 
 def _chosen_pool(
@@ -221,7 +241,7 @@ def _chosen_pool(
 
 
 def _check_features(norm: Tensor, source: str) -> None:
-    wrong = int((~torch.isfinite(norm)).sum())
+    wrong = 0 if _surely_finite(norm) else int((~torch.isfinite(norm)).sum())
     if wrong:
         raise NonFiniteError(
             f"the features of {wrong} tokens are NaN or infinite ({source}): check the weights, "
@@ -232,7 +252,8 @@ def _check_features(norm: Tensor, source: str) -> None:
 def _signed(features: Tensor, mask: Tensor | None) -> bool:
     if mask is not None:
         features = features.masked_fill(~mask.unsqueeze(1), 0.0)
-    return bool(features.amin() < 0)
+    # Where features can be negative, a few channels tell, and the rest need not be read.
+    return any(bool(part.amin() < 0) for part in (features[:, :_FEW], features))
 
 
 @dataclass(frozen=True)
@@ -259,9 +280,9 @@ def _way_back(
     count: int, points: Tensor, mask: Tensor | None, watch: Watch, tokens: Tensor | None
 ) -> _Way | None:
     """How tokens become points again; None if they are the points, in their order."""
-    places = points[..., :3]
     if tokens is None and count == points.shape[1]:
         return None
+    places = points[..., :3]
     if tokens is None:
         tokens = next(
             (t for t in reversed(watch.coordinates) if t.shape[1] == count and _among(t, places)),

@@ -8,7 +8,7 @@ independent observations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "ScoreAUROC",
     "cloud_bootstrap",
     "outlier_metrics",
+    "separation",
 ]
 
 _PURPOSE = 0x424F4F54
@@ -142,3 +143,40 @@ def cloud_bootstrap(
     ends = torch.tensor([(1.0 - level) / 2, (1.0 + level) / 2], dtype=torch.float64)
     low, high = torch.tensor(values, dtype=torch.float64).quantile(ends).tolist()
     return low, high
+
+
+def separation(clean: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the AUROC of each score at telling other clouds from clean ones.
+
+    Above 0.5 the other clouds score higher; as far below, lower, which separates them as well if
+    one knows so beforehand.
+
+    Args:
+        clean: Scores [B] of clean clouds by name, such as those of
+            :func:`cmd_plugin.pointcloud.focus.unusual_scores`.
+        other: Scores [B'] of the other clouds, by the same names.
+
+    Raises:
+        InputError: If names differ, or there are no clouds.
+        ShapeError: If scores are not one for each cloud.
+        NonFiniteError: If a score is NaN or infinite.
+    """
+    if clean.keys() != other.keys():
+        raise InputError(f"clean has {sorted(clean)} and other {sorted(other)}: give the same.")
+    result = {}
+    for name in clean:
+        first, second = clean[name], other[name]
+        if first.ndim != 1 or second.ndim != 1:
+            raise ShapeError(
+                f"{name} must be one number a cloud, got {tuple(first.shape)} and "
+                f"{tuple(second.shape)}."
+            )
+        if not len(first) or not len(second):
+            raise InputError(
+                f"{name}: both sides need a cloud, got {len(first)} and {len(second)}."
+            )
+        metric = ScoreAUROC()
+        metric.update(first, torch.zeros_like(first, dtype=torch.int64))
+        metric.update(second, torch.ones_like(second, dtype=torch.int64))
+        result[name] = float(metric.compute())
+    return result

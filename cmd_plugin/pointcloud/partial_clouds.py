@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.kernels import curve_walk, farthest_point_sampling, knn
-from cmd_plugin.kernels._point_backend import require_clouds
+from cmd_plugin.kernels._checks import require_clouds
 from cmd_plugin.kernels.counter_random import CounterRandom, sample_index
 
 __all__ = ["SIZES", "View", "anchor_points", "partial_clouds", "partial_positions"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["plot_cloud", "plot_views", "write_view"]
 
 _COLOURS = "viridis"
+_ELEVATION, _AZIMUTH = 20.0, -60.0  # degrees from which both pictures look
+_DISTANCE = 1.75  # of the page's camera, in sizes of the cloud
 
 
 def plot_cloud(points: Tensor, scores: Tensor, ax: Any, *, up: int = 2) -> Any:
@@ -45,7 +49,7 @@ def plot_cloud(points: Tensor, scores: Tensor, ax: Any, *, up: int = 2) -> Any:
     limits = [(float(m - reach), float(m + reach)) for m in middle]
     ax.set(xlim=limits[0], ylim=limits[1], zlim=limits[2])
     ax.set_box_aspect((1, 1, 1), zoom=1.3)
-    ax.view_init(elev=20.0, azim=-60.0)
+    ax.view_init(elev=_ELEVATION, azim=_AZIMUTH)
     ax.set_axis_off()
     return drawn
 
@@ -86,7 +90,8 @@ def write_view(
 ) -> None:
     """Write an HTML page that shows a cloud in 3-D, to turn, zoom and read off, without a network.
 
-    A menu switches between the scores. The page holds plotly itself (about 5 MB).
+    A menu switches between the scores. Under the pointer stand a point's number, its score, and its
+    coordinates in the order of ``points``. The page holds plotly itself (about 5 MB).
 
     Args:
         path: File to write.
@@ -101,9 +106,11 @@ def write_view(
     """
     graphs = require("plotly.graph_objects", "points")
     traces: list[Any] = []
+    own = points[:, :3].cpu().double().numpy()  # as in the file, whatever points up here
     for name, tensor in scores.items():
         places, values = _checked(points, tensor, up)
         share = values / max(float(values.max()), 1e-9)
+        safe = html.escape(name)
         traces.append(
             graphs.Scatter3d(
                 x=places[:, 0],
@@ -112,16 +119,21 @@ def write_view(
                 mode="markers",
                 name=name,
                 visible=not traces,
-                customdata=np.stack((np.arange(len(values)), values), axis=1),
-                hovertemplate="point %{customdata[0]:d}<br>" + name + " %{customdata[1]:.4g}"
-                "<extra>%{x:.3f}, %{y:.3f}, %{z:.3f}</extra>",
+                customdata=np.column_stack((np.arange(len(values)), values, own)),
+                hovertemplate="point %{customdata[0]:d}<br>" + safe + " %{customdata[1]:.4g}<br>"
+                "x %{customdata[2]:.3f}, y %{customdata[3]:.3f}, z %{customdata[4]:.3f}"
+                "<extra></extra>",
                 marker={
-                    "size": 2.0 + 4.0 * share,
+                    "size": 3.5 + 5.0 * share,
                     "color": share,
                     "colorscale": _COLOURS.capitalize(),
                     "cmin": 0.0,
                     "cmax": 1.0,
-                    "colorbar": {"title": "largest = 1"},
+                    "colorbar": {
+                        "title": {"text": "importance,<br>largest = 1"},
+                        "len": 0.7,
+                        "thickness": 18,
+                    },
                     "line": {"width": 0},
                 },
             )
@@ -131,19 +143,47 @@ def write_view(
         for name in scores
     ]
     figure = graphs.Figure(traces)
+    turn, rise = math.radians(_AZIMUTH), math.radians(_ELEVATION)
     figure.update_layout(
-        title=title,
+        title={"text": html.escape(title), "x": 0.02, "font": {"size": 20}},
+        font={"size": 14},
         showlegend=False,
         margin={"l": 0, "r": 0, "t": 60, "b": 0},
         scene={
-            "aspectmode": "data",
+            "aspectmode": "data",  # a unit is as long along all three axes
+            "camera": {
+                "eye": {
+                    "x": _DISTANCE * math.cos(rise) * math.cos(turn),
+                    "y": _DISTANCE * math.cos(rise) * math.sin(turn),
+                    "z": _DISTANCE * math.sin(rise),
+                }
+            },
             "xaxis": {"visible": False},
             "yaxis": {"visible": False},
             "zaxis": {"visible": False},
         },
         updatemenus=[{"buttons": buttons, "x": 0.02, "y": 0.98, "xanchor": "left"}],
+        annotations=[
+            {
+                "text": "drag to turn, scroll to zoom, point to read off",
+                "xref": "paper",
+                "yref": "paper",
+                "x": 0.02,
+                "y": 0.01,
+                "showarrow": False,
+                "font": {"size": 12, "color": "grey"},
+            }
+        ],
     )
-    figure.write_html(str(path), include_plotlyjs=True, full_html=True)
+    plot = figure.to_html(include_plotlyjs=True, full_html=False, default_height="100vh")
+    # A frame of our own: plotly's has no title, and a margin that makes the page scroll.
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{html.escape(title) or 'Point importance'}</title>\n"
+        "<style>body { margin: 0; overflow: hidden; }</style>\n</head>\n"
+        f"<body>\n{plot}\n</body>\n</html>\n"
+    )
+    Path(path).write_text(page, encoding="utf-8")
 
 
 def _checked(points: Tensor, scores: Tensor, up: int) -> tuple[Any, Any]:

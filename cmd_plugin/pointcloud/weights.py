@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from cmd_plugin.errors import InputError, ShapeError, StateMismatch
 from cmd_plugin.pointcloud._interception import Forward, as_it_is
 from cmd_plugin.pointcloud.refocus import run_on
 
-__all__ = ["AxisOrder", "axis_orders", "load_weights", "read_weights"]
+__all__ = ["AxisOrder", "axis_doubt", "axis_orders", "load_weights", "read_weights"]
 
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -134,3 +134,25 @@ def axis_orders(
         right = None if labels is None else float((answers == labels).double().mean())
         orders.append(AxisOrder(axes, right, float(confidence.double().mean())))
     return sorted(orders, key=lambda o: -(o.confidence if o.accuracy is None else o.accuracy))
+
+
+def axis_doubt(orders: Sequence[AxisOrder], margin: float = 0.1) -> AxisOrder | None:
+    """The order of axes that suits a network better than the one given; None if none surely does.
+
+    With labels, by accuracy; without, by confidence. Of a single cloud in the wrong order a network
+    can be sure as well, so silence is no proof: ``benchmarks/point_importance.py`` counts that.
+
+    Args:
+        orders: From :func:`axis_orders`.
+        margin: By how much another order must be better, in (0, 1).
+
+    Raises:
+        InputError: If the order as given is not among them.
+    """
+    given = next((order for order in orders if order.axes == (0, 1, 2)), None)
+    if given is None:
+        raise InputError("orders lack (0, 1, 2), the axes as given: take all of axis_orders().")
+    best = orders[0]
+    if best.accuracy is None or given.accuracy is None:
+        return best if best.confidence - given.confidence > margin else None
+    return best if best.accuracy - given.accuracy > margin else None

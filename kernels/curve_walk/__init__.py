@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
-from cmd_plugin.kernels._point_backend import choose
+from cmd_plugin.kernels._dispatch import choose
 from cmd_plugin.kernels.counter_random import check_seed, sample_index
 from cmd_plugin.kernels.curve_walk import _torch
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
-from cmd_plugin.kernels._point_backend import choose, require_clouds
+from cmd_plugin.kernels._checks import require_clouds
+from cmd_plugin.kernels._dispatch import choose
 from cmd_plugin.kernels.farthest_point_sampling import reference
 
 __all__ = ["farthest_point_sampling"]
@@ -60,6 +61,7 @@ def farthest_point_sampling(
         points.device,
         library="fpsample",
         triton=axes == _TRITON_AXES and size <= _TRITON_POINTS,
+        triton_limit=f"takes up to {_TRITON_POINTS} points of {_TRITON_AXES} axes there",
     )
     if used == "fpsample":
         from cmd_plugin.kernels.farthest_point_sampling import _fpsample

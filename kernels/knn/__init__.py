@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
-from cmd_plugin.kernels._point_backend import choose, require_clouds
+from cmd_plugin.kernels._checks import require_clouds
+from cmd_plugin.kernels._dispatch import choose
 from cmd_plugin.kernels.knn import _cpu
 
 __all__ = ["Neighbours", "knn"]
@@ -79,6 +80,7 @@ def knn(
         points.device,
         library="scipy" if axes <= _TREE_AXES else None,
         triton=axes <= _TRITON_AXES and size <= _TRITON_POINTS,
+        triton_limit=f"takes up to {_TRITON_POINTS} points and {_TRITON_AXES} axes there",
     )
     asked = points if queries is None else queries
     if backend_used == "triton":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
-from cmd_plugin.kernels._point_backend import choose
+from cmd_plugin.kernels._dispatch import choose
 from cmd_plugin.kernels.point_importance import _blocked, reference
 
 __all__ = ["PointScores", "entropy_parts", "normalised_entropy", "point_importance"]
@@ -37,6 +37,7 @@ def point_importance(
     order: float = 1.0,
     ties: Literal["first", "split"] = "first",
     wins: bool = True,
+    nonnegative: bool = False,
     backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> PointScores:
     r"""Score the tokens whose features X [B, F, M] a maximum over M reduces to [B, F].
@@ -56,6 +57,8 @@ def point_importance(
             index; ``"split"`` gives each an equal share, which alone is independent of the order
             of the tokens.
         wins: Whether to count.
+        nonnegative: A promise that no feature is below zero, as behind a ReLU. The CPU path then
+            takes sums without absolute values, in one read; a broken promise gives wrong norms.
         backend: ``"triton"`` reads the features once (CUDA; counts with ``ties="first"`` only),
             ``"torch"`` works everywhere; ``"auto"`` takes the first where it can.
 
@@ -78,7 +81,7 @@ def point_importance(
     if features.device.type != "cpu":
         norm = reference.norms(features, mask, order)
         return PointScores(norm, reference.wins(features, mask, ties) if wins else None)
-    norm = _blocked.norms(features, mask, order)
+    norm = _blocked.norms(features, mask, order, nonnegative=nonnegative)
     if split:
         return PointScores(norm, reference.wins(features, mask, ties))
     return PointScores(norm, _blocked.wins(features, mask) if wins else None)

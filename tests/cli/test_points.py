@@ -151,6 +151,43 @@ def test_explain_takes_weights_of_others_and_names_of_classes(
     assert "pass --model" in capsys.readouterr().err
 
 
+def test_explain_says_so_if_other_axes_suit_the_network_better(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("plotly")
+    from cmd_plugin.pointcloud import build_network
+
+    network = build_network("pointnet", 2, width=0.25)
+    with torch.no_grad():  # answers 0 the surer, the further the cloud reaches along its y
+        for weight in network.parameters():
+            weight.zero_()
+        for number in range(1, 6):
+            getattr(network.feature_model, f"conv{number}").weight[0, 1 if number == 1 else 0] = 1.0
+            getattr(network.feature_model, f"bn{number}").weight.fill_(1.0)
+        for number in (1, 2, 3):
+            getattr(network, f"linear{number}").weight[0, 0] = 8.0 if number == 3 else 1.0
+        network.bn1.weight.fill_(1.0)
+        network.bn2.weight.fill_(1.0)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    flat = np.random.default_rng(0).uniform(-1, 1, size=(90, 3)) * [0.1, 0.01, 1.0]
+    np.save(tmp_path / "c.npy", flat)
+    common = [str(tmp_path / "c.npy"), "--weights", str(tmp_path / "w.pt"), "--points", "60"]
+    common += ["--out", str(tmp_path / "v.html"), "--width", "0.25", "--model", "pointnet"]
+    assert cmd_plugin("explain", *common) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("axes: ")]
+    assert len(said) == 1
+    proposed = said[0].split("--axes ")[1][:3]
+    assert proposed[1] == "z"
+    assert "with xyz as here 5" in said[0]  # hardly surer than a coin
+    assert cmd_plugin("explain", *common, "--axes", proposed) == 0
+    assert "axes: " not in capsys.readouterr().out
+    # Proposals are to be typed as they stand, whatever the order was.
+    assert cmd_plugin("explain", *common, "--axes", "zxy", "--json") == 0
+    axes = json.loads(capsys.readouterr().out)["axes"]
+    assert (axes["given"], axes["better"][1]) == ("zxy", "z")
+    assert axes["better_confidence"] > 0.9 > 0.7 > axes["confidence"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -63,6 +63,38 @@ def test_automatic_choices(only: Callable[..., None]) -> None:
     assert _dispatch.choose("k", "auto", CPU, MANY, numba=True) == "torch"
 
 
+def test_a_library_that_has_the_primitive_is_taken_on_cpus(only: Callable[..., None]) -> None:
+    only("triton", "scipy")
+    assert _dispatch.choose("k", "auto", CPU, library="scipy") == "scipy"
+    assert _dispatch.choose("k", "auto", CUDA, library="scipy") == "triton"
+    assert _dispatch.choose("k", "auto", CUDA, library="scipy", triton=False) == "torch"
+    assert _dispatch.choose("k", "auto", torch.device("mps"), library="scipy") == "torch"
+    with pytest.raises(InputError, match="scipy runs on CPUs and these tensors are on cuda"):
+        _dispatch.choose("k", "scipy", CUDA, library="scipy")
+    with pytest.raises(InputError, match="of k is not one of auto, torch, numba, triton"):
+        _dispatch.choose("k", "scipy", CPU)  # not for these arguments
+    only()
+    assert _dispatch.choose("k", "auto", CPU, library="scipy") == "torch"
+    with pytest.raises(MissingDependency, match="run pip install scipy"):
+        _dispatch.choose("k", "scipy", CPU, library="scipy")
+    with pytest.raises(MissingDependency, match=r'run pip install "cmd-plugin\[points\]"'):
+        _dispatch.choose("k", "fpsample", CPU, library="fpsample")
+
+
+def test_the_environment_speaks_to_the_kernels_that_have_what_it_names(
+    monkeypatch: pytest.MonkeyPatch, only: Callable[..., None]
+) -> None:
+    only("numba", "scipy")
+    monkeypatch.setenv(_dispatch.VARIABLE, "scipy")
+    assert _dispatch.choose("k", "auto", CPU, library="scipy") == "scipy"
+    assert _dispatch.choose("k", "auto", CPU, MANY, numba=True) == "numba"
+    monkeypatch.setenv(_dispatch.VARIABLE, "numba")
+    assert _dispatch.choose("k", "auto", CPU, library="scipy") == "scipy"
+    assert _dispatch.choose("k", "auto", CPU) == "torch"
+    with pytest.raises(InputError, match="CMD_PLUGIN_BACKEND=numba: the compiled path of k"):
+        _dispatch.choose("k", "auto", CPU, numba=False)  # it has one, and that cannot run
+
+
 def test_what_ran_last_is_remembered() -> None:
     assert last_backend() is None
     weights = torch.randn(10)
@@ -83,13 +115,15 @@ def test_the_environment_decides_what_auto_means(monkeypatch: pytest.MonkeyPatch
     update([torch.randn(10)], backend="torch")  # what the caller names stands
     assert last_backend() == "torch"
     monkeypatch.setenv(_dispatch.VARIABLE, "cuda")
-    with pytest.raises(InputError, match="CMD_PLUGIN_BACKEND=cuda is not one of auto, torch"):
+    with pytest.raises(
+        InputError, match="CMD_PLUGIN_BACKEND=cuda is not one of auto, torch, numba, triton, fps"
+    ):
         update([torch.randn(10)])
 
 
 def test_a_backend_asked_for_by_name_is_never_replaced(only: Callable[..., None]) -> None:
     weights = torch.randn(6)
-    with pytest.raises(InputError, match="backend='fast' is not one of"):
+    with pytest.raises(InputError, match="backend='fast' of update_affine is not one of"):
         update([weights], backend="fast")
     with pytest.raises(InputError, match="contiguous CPU tensors"):
         update([weights.view(2, 3).T], backend="numba")

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cmd_plugin.errors import MissingDependency, NonFiniteError, ShapeError
-from cmd_plugin.kernels import _point_backend as point_backend
-from cmd_plugin.kernels import farthest_point_sampling, last_backend
+from cmd_plugin.kernels import _dispatch, farthest_point_sampling, last_backend
 
 pytestmark = pytest.mark.paths()  # each names the paths it is about itself
 
@@ -95,7 +94,7 @@ def test_far_from_the_origin_in_float64() -> None:
 
 
 def test_without_the_library_auto_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(point_backend, "_installed", lambda package: package != "fpsample")
+    monkeypatch.setattr(_dispatch, "_installed", lambda package: package != "fpsample")
     points = clouds(1, 10)
     farthest_point_sampling(points, 3)
     assert last_backend("farthest_point_sampling") == "torch"

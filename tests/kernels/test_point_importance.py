@@ -174,3 +174,44 @@ def test_bad_input_is_refused() -> None:
         point_importance(HAND, backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="wins and mask"):
         normalised_entropy(torch.zeros(3))
+
+
+@pytest.mark.parametrize("layout", ["channels first", "tokens first"])
+@pytest.mark.parametrize(
+    "shape", [(2, 1024, 128), (1, 48, 256), (2, 33, 257), (1, 16, 1000), (1, 2064, 320), (1, 5, 64)]
+)
+def test_norms_have_the_bits_of_plain_sums_however_they_are_taken(
+    shape: tuple[int, int, int], layout: str
+) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    if layout == "tokens first":
+        features = features.transpose(1, 2).contiguous().transpose(1, 2)
+    for order, plain in ((1.0, torch.abs), (2.0, torch.square)):
+        sums = torch.stack([plain(cloud).sum(dim=0) for cloud in features])
+        expected = sums.sqrt() if order == 2.0 else sums
+        assert torch.equal(point_importance(features, order=order, wins=False).norm, expected)
+    rectified = features.relu()
+    for order in (1.0, 2.0, math.inf):
+        plainly = point_importance(rectified, order=order)
+        told = point_importance(rectified, order=order, nonnegative=True)
+        assert torch.equal(told.norm, plainly.norm)
+        assert torch.equal(told.wins, plainly.wins)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [255, 256, 257, 300, 319, 320, 1024])
+def test_of_equal_maxima_the_first_token_wins_wherever_it_lies(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    # At most four values, so that every channel has many maxima, also across blocks of tokens.
+    features = torch.randint(0, 4, (2, 90, tokens), generator=generator).float()
+    features[0, :30] = 0.0  # dead channels
+    features[0, 30:60] = 0.0
+    places = torch.randint(0, tokens, (30,), generator=generator)
+    features[0, torch.arange(30, 60), places] = 1.0  # one maximum, anywhere, also in the tail
+    features[0, 59] = 0.0
+    features[0, 59, -1] = 1.0
+    found = point_importance(features).wins
+    assert torch.equal(found, reference.wins(features, None, "first"))  # type: ignore[arg-type]
+    mask = torch.rand(2, tokens, generator=generator) < 0.5
+    mask[:, 3] = True
+    found = point_importance(features, mask).wins
+    assert torch.equal(found, reference.wins(features, mask, "first"))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
-from cmd_plugin.pointcloud import DropCurve, perturbed_logits, random_scores
+from cmd_plugin.pointcloud import DropCurve, perturbed_logits, random_scores, roughness
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75)
 
@@ -151,3 +151,30 @@ def test_bad_input() -> None:
         curve.update(torch.zeros(3, 2, 2), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(InputError, match="no clouds were seen"):
         curve.compute()
+
+
+def test_roughness_is_the_mean_jump_to_the_neighbours() -> None:
+    line = torch.stack([torch.arange(4.0), torch.zeros(4), torch.zeros(4)], dim=1)[None]
+    scores = torch.tensor([[0.0, 1.0, 2.0, 9.0]])
+    # One neighbour each, the lower of two equally near: 1, 0, 1, 2.
+    expected = (1 + 1 + 1 + 7) / 4 / float(scores.std(correction=0))
+    assert float(roughness(line, scores, 1)) == pytest.approx(expected)
+    assert float(roughness(line, 5 * scores - 3, 1)) == pytest.approx(expected)  # no unit
+    assert float(roughness(line, scores * 0 + 2, 1)) == 0.0
+    assert float(roughness(line, scores, 100)) == pytest.approx(float(roughness(line, scores, 3)))
+
+
+def test_smooth_scores_are_smoother_than_random_ones() -> None:
+    points = torch.rand(3, 600, 3, generator=torch.Generator().manual_seed(0))
+    smooth, random = roughness(points, points[..., 2]), roughness(points, random_scores(points))
+    assert (smooth < 0.5 * random).all()
+    assert random.tolist() == pytest.approx([0.86, 0.86, 0.86], abs=0.05)
+
+
+def test_roughness_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ShapeError, match="scores \\[B, N\\]"):
+        roughness(clouds(), torch.zeros(5, 19))
+    with pytest.raises(ShapeError, match="needs a neighbour, got 1 points"):
+        roughness(clouds()[:, :1], torch.zeros(5, 1))
+    with pytest.raises(NonFiniteError, match="scores hold NaN"):
+        roughness(clouds(), torch.full((5, 20), torch.nan))

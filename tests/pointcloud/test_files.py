@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import struct
@@ -10,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
 from cmd_plugin import errors
 from cmd_plugin.errors import InputError, MissingDependency, NonFiniteError, StateMismatch
 from cmd_plugin.pointcloud import build_network
+from cmd_plugin.pointcloud._pcd import lzf_unpacked
 from cmd_plugin.pointcloud.files import (
     load_cloud,
     load_hdf5,
@@ -23,7 +27,13 @@ from cmd_plugin.pointcloud.files import (
     resampled,
     voxel_clouds,
 )
-from cmd_plugin.pointcloud.weights import axis_orders, load_weights, read_weights
+from cmd_plugin.pointcloud.weights import (
+    AxisOrder,
+    axis_doubt,
+    axis_orders,
+    load_weights,
+    read_weights,
+)
 
 POINTS = np.array([[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3]], dtype=np.float32)
 HEADER = (
@@ -70,12 +80,130 @@ def test_binary_pcd_with_missing_points(tmp_path: Path) -> None:
     path.write_bytes((HEADER + "binary\n").encode() + b"".join(rows)[:-1])
     with pytest.raises(InputError, match="ends before its 4 points"):
         load_cloud(path)
-    path.write_bytes((HEADER + "binary_compressed\n").encode())
-    with pytest.raises(InputError, match="convert it"):
+    path.write_bytes((HEADER + "binary_packed\n").encode())
+    with pytest.raises(InputError, match="holds binary_packed data, not ascii"):
         load_cloud(path)
     path.write_text("hello\n")
     with pytest.raises(InputError, match="no PCD file"):
         load_cloud(path)
+
+
+def lzf_packed(data: bytes) -> bytes:
+    """Pack by the rules of LibLZF: the last place of every three bytes is the only candidate."""
+    packed, literals, places, at = bytearray(), bytearray(), {}, 0
+
+    def flush() -> None:
+        for start in range(0, len(literals), 32):
+            run = literals[start : start + 32]
+            packed.append(len(run) - 1)
+            packed.extend(run)
+        literals.clear()
+
+    while at < len(data):
+        found = places.get(data[at : at + 3], -1)
+        places[data[at : at + 3]] = at
+        if found < 0 or at - found > 8192 or at + 3 > len(data):
+            literals.append(data[at])
+            at += 1
+            continue
+        flush()
+        length = 3
+        while length < 264 and at + length < len(data):
+            if data[found + length] != data[at + length]:
+                break
+            length += 1
+        distance, code = at - found - 1, length - 2
+        packed.append(min(code, 7) << 5 | distance >> 8)
+        if code >= 7:
+            packed.append(code - 7)
+        packed.append(distance & 255)
+        at += length
+    flush()
+    return bytes(packed)
+
+
+def compressed(columns: bytes) -> bytes:
+    packed = lzf_packed(columns)
+    return struct.pack("<II", len(packed), len(columns)) + packed
+
+
+def test_compressed_pcd_holds_field_after_field(tmp_path: Path) -> None:
+    path = tmp_path / "scan.pcd"
+    columns = POINTS.T.tobytes() + bytes([7, 7, 9, 7])  # x of all, y of all, z of all, i of all
+    body = compressed(columns)
+    path.write_bytes((HEADER + "binary_compressed\n").encode() + body)
+    assert load_cloud(path).tolist() == POINTS.tolist()
+    # Fields of several values, and in another order.
+    text = "VERSION .7\nFIELDS n z y x\nSIZE 4 8 8 8\nTYPE I F F F\nCOUNT 3 1 1 1\nPOINTS 400\n"
+    wide = np.random.default_rng(0).integers(0, 9, size=(400, 3)).astype(np.float64)
+    numbers = np.arange(1200, dtype="<i4").tobytes()
+    whole = numbers + wide[:, 2].tobytes() + wide[:, 1].tobytes() + wide[:, 0].tobytes()
+    body = compressed(whole)
+    assert len(body) < len(whole) / 2  # long and short repetitions, near and far
+    path.write_bytes((text + "DATA binary_compressed\n").encode() + body)
+    assert load_cloud(path).tolist() == wide.tolist()
+
+
+def test_damaged_compressed_pcd_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scan.pcd"
+    columns = POINTS.T.tobytes() + bytes(4)
+    body = compressed(columns)
+    start = (HEADER + "binary_compressed\n").encode()
+    sized = struct.pack("<II", len(body) - 8, 52)
+    for damaged, message in (
+        (b"", "ends before its data"),
+        (body[:-1], "announces"),
+        (struct.pack("<II", len(body) - 8, 51) + body[8:], "its points need 52"),
+        (struct.pack("<II", len(body) - 10, 52) + body[8:], "damaged"),
+        (sized + b"\x20\x00" + body[10:], "refer to before their beginning"),
+    ):
+        path.write_bytes(start + damaged)
+        with pytest.raises(InputError, match=message):
+            load_cloud(path)
+
+
+@pytest.mark.parametrize(
+    ("packed", "data"),
+    [
+        (b"\x02abc", b"abc"),
+        (b"\x00a\x20\x00", b"aaaa"),  # one byte, then three from one before: runs into itself
+        (b"\x01ab\xe0\x01\x01", b"ab" * 6),  # 7 + 1 + 2 bytes from two before
+        (b"\x03abcd\x40\x03", b"abcdabcd"),
+    ],
+)
+def test_lzf_by_hand(packed: bytes, data: bytes) -> None:
+    assert lzf_unpacked(packed, len(data)) == data
+    for size in (len(data) - 1, len(data) + 1):
+        with pytest.raises(ValueError, match="unpack to"):
+            lzf_unpacked(packed, size)
+
+
+@pytest.mark.parametrize(
+    ("packed", "message"),
+    [
+        (b"\x03abc", "within a run"),
+        (b"\x00a\x20", "within a reference"),
+        (b"\x00a\xe0\x05", "within a reference"),
+        (b"\x00a\x20\x01", "before their beginning"),
+        (b"\x00a" + b"\xe0\xff\x00" * 1000, "more than 9 bytes"),
+    ],
+)
+def test_lzf_that_is_damaged(packed: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lzf_unpacked(packed, 9)
+
+
+@given(st.binary(max_size=700), st.integers(1, 5))
+def test_what_was_packed_is_unpacked(data: bytes, repeats: int) -> None:
+    assert lzf_unpacked(lzf_packed(data * repeats), len(data) * repeats) == data * repeats
+
+
+@given(st.binary(max_size=60), st.integers(0, 80))
+def test_no_bytes_unpack_to_anything_but_their_size(packed: bytes, size: int) -> None:
+    result = None
+    with contextlib.suppress(ValueError):
+        result = lzf_unpacked(packed, size)
+    assert result is None or len(result) == size
 
 
 def test_meshes_are_sampled_evenly_by_area(tmp_path: Path) -> None:
@@ -253,3 +381,17 @@ def test_the_axis_check_finds_the_order_the_network_was_trained_on() -> None:
     assert axis_orders(Upright(), points)[0].accuracy is None
     with pytest.raises(InputError):
         axis_orders(Upright(), points[0])
+
+
+def test_another_order_is_proposed_only_if_it_is_clearly_better() -> None:
+    points = torch.rand(5, 50, 3) * torch.tensor([1.0, 2.0, 5.0])
+    ones = torch.ones(5, dtype=torch.int64)
+    orders = axis_orders(Upright(), points, ones)
+    assert axis_doubt(orders) == orders[0]
+    turned = points[..., list(orders[0].axes)]
+    assert axis_doubt(axis_orders(Upright(), turned, ones)) is None
+    sure, given = AxisOrder((0, 2, 1), None, 0.85), AxisOrder((0, 1, 2), None, 0.8)
+    assert axis_doubt([sure, given]) is None
+    assert axis_doubt([sure, given], margin=0.04) == sure
+    with pytest.raises(InputError, match="lack"):
+        axis_doubt([sure])

@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError, StateMismatch
-from cmd_plugin.pointcloud import FocusReference, build_network
+from cmd_plugin.pointcloud import (
+    FocusReference,
+    build_network,
+    gini,
+    point_importance,
+    separation,
+    unusual_scores,
+)
 from cmd_plugin.pointcloud.focus import focus_alarms
 from cmd_plugin.pointcloud.rotation import rank_correlation, rotation_consistency, turned
 
@@ -112,3 +119,64 @@ def test_a_network_that_sees_only_height_is_consistent_under_turns_about_it() ->
     blind = rotation_consistency(network, points, generator)
     torch.testing.assert_close(blind, torch.ones(3, dtype=torch.float64))
     assert (ordinary < 0.999).all()
+
+
+def test_gini_of_known_distributions() -> None:
+    scores = torch.tensor([[2.0, 2, 2, 2], [0, 0, 7, 0], [1, 3, 0, 0], [0, 0, 0, 0]])
+    # By the mean absolute difference of all pairs over twice the mean.
+    pairs = (scores[:, :, None] - scores[:, None, :]).abs().mean(dim=(1, 2))
+    expected = (pairs / (2 * scores.mean(dim=1)).clamp_min(1e-9)).tolist()
+    assert gini(scores).tolist() == pytest.approx(expected, abs=1e-7)
+    assert gini(scores).tolist()[:2] == [0.0, 0.75]
+    with pytest.raises(InputError, match="negative"):
+        gini(-scores)
+    with pytest.raises(InputError, match="NaN"):
+        gini(scores * torch.nan)
+    with pytest.raises(ShapeError, match="B, N"):
+        gini(scores[0])
+
+
+def test_unusual_scores_are_those_of_their_definitions_at_equal_size_only() -> None:
+    network = build_network("pointnet", 4, width=0.25).eval()
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(12, 80, 3, generator=generator) / 2
+    seen = point_importance(network, clean, "critical++")
+    reference = FocusReference(80)
+    assert seen.entropy is not None
+    reference.update(seen.entropy)
+    scores = unusual_scores(seen, reference)
+    assert {*scores} == {"mean", "max", "Gini", "uncertainty", "1 - max softmax", "energy"}
+    assert all(score.shape == (12,) and score.dtype == torch.float64 for score in scores.values())
+    logits = seen.output.double()
+    assert torch.allclose(scores["energy"], -logits.exp().sum(dim=1).log())
+    assert torch.allclose(scores["1 - max softmax"], 1 - logits.softmax(1).max(1).values)
+    assert torch.equal(scores["uncertainty"], reference.uncertainty(seen.entropy, 80))
+    assert torch.equal(scores["max"], seen.norm.double().amax(dim=1))
+    assert torch.equal(scores["Gini"], gini(seen.norm))
+    far = point_importance(network, 30 * clean, "critical++")  # far outside: larger features
+    found = separation(scores, unusual_scores(far, reference))
+    assert found["max"] == found["mean"] == 1.0
+    same = separation(scores, scores)
+    assert list(same.values()) == [pytest.approx(0.5)] * 6
+    fewer = point_importance(network, clean[:, :79], "critical++")
+    with pytest.raises(InputError, match="80 points, not 79"):
+        unusual_scores(fewer, reference)
+    with pytest.raises(InputError, match="counts"):
+        unusual_scores(point_importance(network, clean), reference)
+    ragged = point_importance(
+        network, clean, "critical++", mask=torch.ones(12, 80, dtype=torch.bool)
+    )
+    with pytest.raises(InputError, match="equal size"):
+        unusual_scores(ragged, reference)
+
+
+def test_separation_is_the_share_of_pairs_in_order() -> None:
+    clean, other = torch.tensor([0.0, 1.0, 40.0]), torch.tensor([30.0, 50.0])
+    assert separation({"a": clean}, {"a": other}) == {"a": pytest.approx(5 / 6)}
+    assert separation({"a": other}, {"a": clean}) == {"a": pytest.approx(1 / 6)}
+    with pytest.raises(InputError, match="give the same"):
+        separation({"a": clean}, {"b": other})
+    with pytest.raises(InputError, match="both sides need a cloud"):
+        separation({"a": clean}, {"a": other[:0]})
+    with pytest.raises(ShapeError, match="one number a cloud"):
+        separation({"a": clean[None]}, {"a": other})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -137,6 +138,50 @@ def test_a_tensor_overwritten_after_the_pool_is_scored_as_it_was() -> None:
     with torch.no_grad():
         expected = network.layer(points).abs().sum(dim=2)
     torch.testing.assert_close(point_importance(network, points).scores, expected)
+
+
+def unseen(x: Tensor) -> Tensor:
+    """Change a tensor as an extension may: without a torch function that a mode could see."""
+    with torch._C.DisableTorchFunction():
+        return x.sub_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("tail", "signed"),
+    [
+        (torch.relu, False),
+        (lambda x: torch.relu(x).sub_(0.5), True),  # the ReLU's own output, changed since
+        (lambda x: torch.relu(x).amax(dim=2, keepdim=True) - x, False),
+        (lambda x: torch.relu(x).mul(torch.tensor([1.0] * 11 + [-1.0])), True),
+        (lambda x: unseen(torch.relu(x)), True),
+        (lambda x: x.exp(), False),
+        (lambda x: x.relu_(), False),
+        (lambda x: x.relu_().index_fill_(2, torch.tensor([11]), -2.0), True),
+    ],
+)
+def test_the_sign_of_features_is_found_and_norms_need_no_activation(
+    tail: Callable[[Tensor], Tensor], signed: bool
+) -> None:
+    network, points = Pooled(lambda x: tail(x).amax(dim=1)).eval(), cloud()
+    with torch.no_grad():
+        expected = tail(network.features(points)).abs().sum(dim=2)
+    seen = point_importance(network, points)
+    assert seen.signed is signed
+    torch.testing.assert_close(seen.scores, expected)
+
+
+def test_one_negative_channel_among_many_is_found() -> None:
+    weight = torch.ones(40, 3)
+    weight[39] = -1.0
+    seen = point_importance(Linear3(weight), cloud().abs())
+    assert seen.signed
+    torch.testing.assert_close(seen.scores, 40 * cloud().abs().sum(dim=2))
+
+
+def test_large_finite_points_are_no_infinite_ones() -> None:
+    points = cloud()
+    points[0, :4] = 3e38  # their sum is beyond float32
+    point_importance(Linear3(torch.eye(3) * 1e-3), points)
 
 
 def test_means_have_fbi_and_no_counts() -> None:
