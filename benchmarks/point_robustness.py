@@ -58,7 +58,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 class Plan(NamedTuple):
     """How much of a data set a network gets.
 
-    Many clouds seen a few times teach more than few clouds seen often, for equally many steps.
+    Shapes come from a seed: many clouds seen a few times cost no more steps than few seen often.
 
     Attributes:
         training_clouds: Clouds to train on.
