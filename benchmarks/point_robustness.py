@@ -1,6 +1,6 @@
 """Do EPiC and refocusing help against corruptions? Networks trained here, seven corruptions.
 
-    python -m benchmarks.point_robustness                      # procedural shapes, 12 CPU-minutes
+    python -m benchmarks.point_robustness                      # procedural shapes, half an hour
     python -m benchmarks.point_robustness --data-root DIR      # and ModelNet10 chairs and monitors
     python -m benchmarks.point_robustness --longer 4           # four times the epochs, own files
 
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -32,14 +32,13 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.machine import RESULTS, describe_machine
-from cmd_plugin.pointcloud.defences import train_defences
+from cmd_plugin.pointcloud.defences import scaled_sizes, train_defences
 from cmd_plugin.pointcloud.networks import DGCNN, PointNet
 from cmd_plugin.pointcloud.robustness import corrupted_sets, evaluate_corruptions
 from cmd_plugin.pointcloud.robustness_plots import draw_report
 from cmd_plugin.training.point_data import load_point_data
 
-# Points in a cloud, training clouds and test clouds.
-SIZES = {"pointnet": (256, 240, 40), "dgcnn": (192, 200, 30)}
+POINTS = 256  # in a cloud
 # Dropout of the published sizes starves layers this narrow.
 NETWORKS: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any]]] = {
     "pointnet": (partial(PointNet, width=0.25, dropout=0.1), {"width": 0.25, "dropout": 0.1}),
@@ -48,13 +47,34 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], dict[str, Any]]] = {
         {"width": 0.125, "k": 10, "dropout": 0.1},
     ),
 }
+# Curves step to one of 31 neighbours, not 19: a walk of 128 steps then sees more of a cloud.
+COMMON = {"rounds": 1, "batch_size": 16, "neighbours": 32}
 TRAINING: dict[str, dict[str, Any]] = {
-    "pointnet": {"rounds": 2, "batch_size": 8, "learning_rate": 3e-3},
-    "dgcnn": {"rounds": 2, "batch_size": 8, "learning_rate": 5e-3},
+    "pointnet": {**COMMON, "learning_rate": 3e-3},
+    "dgcnn": {**COMMON, "learning_rate": 5e-3},
 }
-EPOCHS = {
-    "pointnet": {"shapes": 26, "chairs-monitors": 10},
-    "dgcnn": {"shapes": 12, "chairs-monitors": 5},
+
+
+class Plan(NamedTuple):
+    """How much of a data set a network gets.
+
+    Shapes come from a seed: many clouds seen a few times cost no more steps than few seen often.
+
+    Attributes:
+        training_clouds: Clouds to train on.
+        epochs: Passes over them, for every network of the table.
+        test_clouds: Clouds in each of the 36 sets.
+    """
+
+    training_clouds: int
+    epochs: int
+    test_clouds: int
+
+
+# Chosen on seed 100, which is not reported.
+PLANS = {
+    "pointnet": {"shapes": Plan(4000, 10, 192), "chairs-monitors": Plan(1000, 10, 192)},
+    "dgcnn": {"shapes": Plan(2000, 6, 72), "chairs-monitors": Plan(1000, 4, 72)},
 }
 DATA = ("shapes", "chairs-monitors")
 
@@ -64,13 +84,14 @@ def run_cell(
 ) -> Any:
     """Train and evaluate one cell of the benchmark; (numbers, report)."""
     make, _ = NETWORKS[network]
-    train, test = load_point_data(data, root, *SIZES[network], seed)
+    plan = PLANS[network][data]
+    train, test = load_point_data(data, root, POINTS, plan.training_clouds, plan.test_clouds, seed)
     started = time.process_time()
     task = bars.add_task(f"train {network} on {data}, seed {seed}", total=None)
     defences = train_defences(
         lambda: make(len(train.classes)),
         train,
-        longer * EPOCHS[network][data],
+        longer * plan.epochs,
         seed=seed,
         progress=lambda done, total: bars.update(task, completed=done, total=total),
         **TRAINING[network],
@@ -107,6 +128,17 @@ def mean_and_spread(values: list[float]) -> dict[str, float]:
     }
 
 
+def changes(values: list[float], plain: list[float]) -> dict[str, float | None]:
+    """Return how far mCE is above (or below) the plain network's: seed by seed, and of the means.
+
+    A seed whose plain network is never wrong has no such number and is left out; None if all are.
+    """
+    found = [value / base - 1.0 for value, base in zip(values, plain, strict=True) if base]
+    if not found:
+        return {"mean": None, "std": None, "of_means": None}
+    return {**mean_and_spread(found), "of_means": sum(values) / sum(plain) - 1.0}
+
+
 def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for every network and data set, what the seeds have in common."""
     rows = []
@@ -121,9 +153,7 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     key: mean_and_spread([value[key] for value in values])
                     for key in ("mce", "rmce", "moa", "clean")
                 },
-                "mce_change_against_plain": mean_and_spread(
-                    [value["mce"] / base - 1.0 for value, base in zip(values, plain, strict=True)]
-                ),
+                "mce_change_against_plain": changes([value["mce"] for value in values], plain),
                 "accuracy": {
                     kind: statistics.fmean(value["accuracy"][kind] for value in values)
                     for kind in values[0]["accuracy"]
@@ -178,7 +208,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
             "clean",
             *(kind.replace("_", " ") for kind in kinds),
             "mCE",
-            "against plain",
+            "against plain: by seed; of the means",
         ):
             table.add_column(column, justify="right")
         for name, values in row["methods"].items():
@@ -188,7 +218,9 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
                 f"{values['clean']['mean']:.3f}",
                 *(f"{values['accuracy'][kind]:.3f}" for kind in kinds),
                 f"{values['mce']['mean']:.3f} ± {values['mce']['std']:.3f}",
-                f"{change['mean']:+.1%} ± {change['std']:.1%}",
+                "plain is never wrong"
+                if change["mean"] is None
+                else f"{change['mean']:+.1%} ± {change['std']:.1%}; {change['of_means']:+.1%}",
             )
         console.print(table)
         accuracy = row["EPiC_members"]["accuracy"]
@@ -233,32 +265,35 @@ def run_network(
     """Run the cells of a network that its result file lacks; return all."""
     stem = f"point_robustness_{network}" + (f"_x{longer}" if longer > 1 else "")
     path = RESULTS / f"{stem}.json"
-    points, train, test = SIZES[network]
     settings = {
-        "points": points,
-        "training_clouds": train,
-        "test_clouds": test,
+        "points": POINTS,
+        "partial_clouds": scaled_sizes(POINTS),
         "network": NETWORKS[network][1],
         "training": TRAINING[network],
-        "epochs": {data: longer * epochs for data, epochs in EPOCHS[network].items()},
+        "data": {
+            data: plan._replace(epochs=longer * plan.epochs)._asdict()
+            for data, plan in PLANS[network].items()
+        },
         "note": "Reduced: small clouds, narrow networks, short training; corruptions are "
         "ModelNet-C-style with this benchmark's seeds, counts in proportion to the points. mCE is "
         "relative to the published DGCNN's ModelNet-C accuracies with the official rounding; "
-        "compare rows of one table only.",
+        "compare rows of one table only. Random subsets are a quarter of the points and curves "
+        "choose among 32 neighbours (published: an eighth, and 20). All of this was chosen on seed "
+        "100, which is not reported.",
     }
     cells: list[dict[str, Any]] = []
     if path.is_file():
         before = json.loads(path.read_text())
         cells = before["cells"] if before["settings"] == json.loads(json.dumps(settings)) else []
     with Progress(console=Console(stderr=True), disable=not console.is_terminal) as bars:
-        for seed in seeds:
-            for data in wanted:
+        for data in wanted:
+            for seed in seeds:
                 key = {"network": network, "data": data, "seed": seed}
                 if any(key.items() <= cell.items() for cell in cells):
                     continue
                 cell, report = run_cell(network, data, seed, root, longer, bars)
                 cells.append(cell)
-                figure = draw_report(report, f"{network} on {data}, {points} points, seed {seed}")
+                figure = draw_report(report, f"{network} on {data}, {POINTS} points, seed {seed}")
                 figure.savefig(RESULTS / f"{stem}_{data}.png")
                 save(path, settings, cells)
                 console.print(f"wrote {path}", highlight=False)

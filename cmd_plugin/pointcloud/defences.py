@@ -23,7 +23,13 @@ from cmd_plugin.pointcloud.clouds import PointClouds
 from cmd_plugin.pointcloud.epic import EPiC
 from cmd_plugin.pointcloud.outliers import statistical_outliers
 from cmd_plugin.pointcloud.partial_clouds import SIZES
-from cmd_plugin.pointcloud.refocus import refocus, uncritical_subset
+from cmd_plugin.pointcloud.refocus import (
+    importance_order,
+    kept_mask,
+    refocus,
+    run_on,
+    uncritical_subset,
+)
 from cmd_plugin.pointcloud.view_training import EPiCTraining, ViewTraining
 
 __all__ = [
@@ -41,16 +47,25 @@ STAGES = ("plain", "ensemble", "subset")
 _SCHEMA = "cmd_plugin.pointcloud.Defences/1"
 _POINTS = 1024  # clouds the published sizes are meant for
 _KEPT = 600
+_SPREAD = 64  # points that show a shape when spread over all of it
 _FEWEST = 20  # points a refocused network gets at least, as many as a graph network's neighbours
 
 
 def scaled_sizes(points: int) -> dict[str, int]:
     """Return EPiC's sizes of partial clouds for clouds of N points: 512, 512, 128 at 1024.
 
+    In proportion, with one exception, which is ours: a random subset of a small cloud has up to a
+    quarter of its points, 64 at most. 32 points spread over a whole shape show too little of it,
+    while half of 256 points, side by side, still show a part of it well.
+
     Args:
         points: N, at least 1.
     """
-    return {view: max(1, round(size * points / _POINTS)) for view, size in SIZES.items()}
+    sizes: dict[str, int] = {
+        view: max(1, round(size * points / _POINTS)) for view, size in SIZES.items()
+    }
+    sizes["random"] = max(sizes["random"], min(_SPREAD, points // 4))
+    return sizes
 
 
 def repeated_to_size(points: Tensor, kept: Tensor) -> Tensor:
@@ -104,7 +119,9 @@ class Defences(nn.Module):
         self.eval()
         focused = refocus(self.plain, points, minimum=_FEWEST)
         trained = refocus(self.subset, points, minimum=_FEWEST)
-        member = refocus(self.subset, points, keep=self.kept)
+        # Its scores of the whole clouds are there already: no second pass for them.
+        kept = kept_mask(importance_order(trained.importance), self.kept)
+        member = run_on(self.subset, points, kept)
         votes = self.ensemble.votes(points, index).logits
         cleaned = repeated_to_size(points, statistical_outliers(points))
         return {
@@ -113,7 +130,7 @@ class Defences(nn.Module):
             "refocused, trained": trained.output,
             "SOR": self.plain(cleaned),
             "EPiC": votes,
-            "EPiC + refocused": torch.cat([votes, member.output[:, None]], dim=1),
+            "EPiC + refocused": torch.cat([votes, member[:, None]], dim=1),
         }
 
     def save(
@@ -175,6 +192,7 @@ def train_defences(
     batch_size: int = 16,
     learning_rate: float = 3e-3,
     weight_decay: float = 1e-2,
+    neighbours: int = 20,
     seed: int = 0,
     start: Defences | None = None,
     finished: Sequence[str] = (),
@@ -194,6 +212,8 @@ def train_defences(
         batch_size: Clouds in a batch.
         learning_rate: Of AdamW, at the start.
         weight_decay: Of AdamW.
+        neighbours: Nearest neighbours a curve of EPiC may step to, the point itself counted;
+            ``start``, where given, has its own number.
         seed: Of initial weights, batches and views.
         start: Networks of an earlier run with the same arguments that was stopped.
         finished: Which of :data:`STAGES` it had finished; they are not trained again, and the
@@ -205,7 +225,7 @@ def train_defences(
         InputError: If a number is out of range.
         NonFiniteError: If a loss becomes NaN or infinite.
     """
-    defences = start or initial_defences(make, data.points.shape[1], seed)
+    defences = start or initial_defences(make, data.points.shape[1], seed, neighbours)
     optimizer = partial(_adam, learning_rate=learning_rate, weight_decay=weight_decay)
     seeds = [derived_seed(seed, number, 2) for number in range(3)]
     subset = partial(_uncritical, defences.subset, max(1, defences.points // 4))
@@ -232,18 +252,21 @@ def train_defences(
     return defences.eval()
 
 
-def initial_defences(make: Callable[[], nn.Module], points: int, seed: int) -> Defences:
+def initial_defences(
+    make: Callable[[], nn.Module], points: int, seed: int, neighbours: int = 20
+) -> Defences:
     """Return untrained networks whose weights depend on the seed; global random state is left.
 
     Args:
         make: Makes an untrained network.
         points: Number of points of the clean clouds.
         seed: Of the weights and of EPiC's samples.
+        neighbours: Nearest neighbours a curve may step to, the point itself counted.
     """
     with torch.random.fork_rng(devices=[]):  # networks are made on the CPU
         torch.manual_seed(derived_seed(seed, 0, 1))
         plain = make()
-        ensemble = EPiC(make, sizes=scaled_sizes(points), seed=seed)
+        ensemble = EPiC(make, sizes=scaled_sizes(points), neighbours=neighbours, seed=seed)
         return Defences(plain, ensemble, make(), points)
 
 

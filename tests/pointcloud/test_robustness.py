@@ -176,8 +176,24 @@ def test_kept_points_are_repeated_in_turn() -> None:
 
 def test_sizes_in_proportion() -> None:
     assert scaled_sizes(1024) == {"patch": 512, "curve": 512, "random": 128}
-    assert scaled_sizes(256) == {"patch": 128, "curve": 128, "random": 32}
+    assert scaled_sizes(512) == {"patch": 256, "curve": 256, "random": 64}
     assert scaled_sizes(1) == {"patch": 1, "curve": 1, "random": 1}
+
+
+def test_random_subsets_of_small_clouds_keep_enough_points_to_show_a_shape() -> None:
+    assert scaled_sizes(256) == {"patch": 128, "curve": 128, "random": 64}  # an eighth would be 32
+    assert scaled_sizes(300)["random"] == 64
+    assert scaled_sizes(128)["random"] == 32  # and still a part of the cloud
+
+
+def test_curves_of_the_ensemble_step_as_far_as_asked() -> None:
+    near = train_defences(make, data(), 1, batch_size=6, rounds=1, neighbours=2)
+    far = train_defences(make, data(), 1, batch_size=6, rounds=1)
+    assert near.ensemble.neighbours == 2
+    # Neither draws nor initial weights differ, only where the curves go.
+    for name, value in near.state_dict().items():
+        curve = name.startswith("ensemble.networks.curve.") and value.is_floating_point()
+        assert torch.equal(value, far.state_dict()[name]) != curve, name
 
 
 def test_training_saving_and_loading(tmp_path: Path) -> None:
@@ -193,6 +209,7 @@ def test_training_saving_and_loading(tmp_path: Path) -> None:
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert seen == [(number, 20) for number in range(1, 21)]
+    assert trained.ensemble.neighbours == 20
     start = initial_defences(make, 64, seed=0)
     for name, before in start.named_parameters():
         assert not torch.equal(trained.get_parameter(name), before), name
