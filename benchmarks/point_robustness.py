@@ -1,7 +1,7 @@
 """Do EPiC and refocusing help against corruptions? Networks trained here, seven corruptions.
 
-    python -m benchmarks.point_robustness                      # procedural shapes, half an hour
-    python -m benchmarks.point_robustness --data-root DIR      # and ModelNet10 chairs and monitors
+    python -m benchmarks.point_robustness                      # procedural shapes, 35 CPU-minutes
+    python -m benchmarks.point_robustness --data-root DIR      # and ModelNet10 chairs, monitors: 47
     python -m benchmarks.point_robustness --longer 4           # four times the epochs, own files
 
 For every network, data set and seed, five networks are trained for equally many optimizer steps
