@@ -104,7 +104,7 @@ def scores_of(output: Any) -> Tensor:
 class _Undisturbed:
     """Evaluation mode, no gradients, no compiler; modes and random numbers as before afterwards.
 
-    One class, not the context managers it stands for, which cost a small network 2 % of its time.
+    One class in place of five nested context managers, so that less Python surrounds the network.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
