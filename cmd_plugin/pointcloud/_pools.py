@@ -136,7 +136,8 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.batch, self.points, self.mask = cloud.shape[0], cloud.shape[1], mask
-        self._places = cloud[0, :, :3]
+        self._cloud = cloud
+        self._places: Tensor | None = None
         self.keep, self.clone = keep, clone
         self.pools: list[Pool] = []
         self.coordinates: list[Tensor] = []
@@ -186,7 +187,9 @@ class Watch(TorchFunctionMode):
         # distances make hundreds of this shape; only in these the first row is a point.
         batch, rows, _ = x.shape
         fits = batch == self.batch and 1 < rows < self.points
-        if fits and x.dtype == self._places.dtype:
+        if fits and x.dtype == self._cloud.dtype:
+            if self._places is None:
+                self._places = self._cloud[0, :, :3]
             x = x.detach()
             if bool((self._places == x[0, 0]).all(dim=1).any()):
                 self.coordinates.append(x)
@@ -267,8 +270,11 @@ class Watch(TorchFunctionMode):
         channels = x.shape[others[0]] if others else 1
         if tokens != self.points and (channels == self.points or tokens <= _FEWEST):
             return None  # a reduction over the channels or coordinates of every point or token
+        x = x.detach()
+        if x.ndim == 3 and axis == 2:
+            return x, axis
         order = [0, *others, axis, *(a for a in range(1, x.ndim) if a not in (*others, axis))]
-        return x.detach().permute(order).reshape(self.batch, channels, tokens), axis
+        return x.permute(order).reshape(self.batch, channels, tokens), axis
 
     def _scattered(
         self, args: tuple[Any, ...], kwargs: Any, out: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -182,6 +183,27 @@ def test_large_finite_points_are_no_infinite_ones() -> None:
     points = cloud()
     points[0, :4] = 3e38  # their sum is beyond float32
     point_importance(Linear3(torch.eye(3) * 1e-3), points)
+
+
+def test_a_network_that_refuses_evaluation_leaves_everything_as_it_was() -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def train(self, mode: bool = True) -> Stubborn:
+            raise RuntimeError(f"never {mode}")
+
+    network = Stubborn()
+    random = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="never False"):
+        point_importance(network, cloud())
+    assert torch.is_grad_enabled()
+    assert torch.equal(random, torch.get_rng_state())
+    compiled = torch.compile(lambda x: x + 1, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        assert dynamo.eval_frame._stance.stance == "default"
 
 
 def test_means_have_fbi_and_no_counts() -> None:
