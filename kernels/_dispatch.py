@@ -147,8 +147,9 @@ def _automatic(
         return "triton" if triton and _installed("triton") else "torch"
     if numba and numel >= _WORTH_COMPILING and _installed("numba"):
         return "numba"
-    usable = library is not None and device.type == "cpu" and _installed(library)
-    return library if usable and library is not None else "torch"
+    if library is not None and device.type == "cpu" and _installed(library):
+        return library
+    return "torch"
 
 
 @cache

@@ -204,13 +204,21 @@ class Plan:
             flat: [N] trained weights; only references change.
             start: [N] weights the training started from.
         """
-        count = len(self.references)
         moved = (flat - start).astype(np.float64)
-        members = moved[self.members] * self.scale
-        total = moved[self.references] + np.bincount(self.mode, members, count)[:count]
-        weight = 1.0 + np.bincount(self.mode, np.square(self.scale), count)[:count]
+        total = moved[self.references] + self.fold(moved[self.members])
+        weight = 1.0 + self.fold(self.scale)
         flat[self.references] = start[self.references] + total / weight
         return flat
+
+    def fold(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        r"""Return :math:`\sum_i a_i v_i` over the members of each mode, [M].
+
+        Args:
+            values: ``[|E|]`` one for each member.
+        """
+        count = len(self.references)
+        sums = np.bincount(self.mode, self.scale * values, count)[:count]
+        return sums.astype(np.float64, copy=False)
 
     def to_bytes(self) -> bytes:
         """Return the whole plan; :meth:`from_bytes` reads it."""

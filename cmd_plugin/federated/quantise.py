@@ -45,6 +45,11 @@ def quantised_bytes(count: int, bits: int) -> tuple[int, int]:
     return -(-count * bits // 8), 4 * -(-count // BLOCK)
 
 
+def _whole(bits: int) -> np.dtype[np.signedinteger]:
+    """Return the dtype of a code of 8 or 16 bits; those of 4 are packed from int8."""
+    return np.dtype("<i2" if bits == REFERENCE_BITS else np.int8)
+
+
 def quantise(
     values: Floats, bits: int, generator: np.random.Generator | None = None
 ) -> tuple[bytes, bytes]:
@@ -74,8 +79,7 @@ def quantise(
         codes = np.rint(exact)
     else:
         codes = np.floor(exact + generator.random(exact.shape, dtype=np.float32))
-    kind = np.dtype("<i2" if bits == REFERENCE_BITS else np.int8)
-    whole = np.clip(codes, -top, top).astype(kind).reshape(-1)[:count]
+    whole = np.clip(codes, -top, top).astype(_whole(bits)).reshape(-1)[:count]
     if bits == 4:
         nibbles = np.zeros(count + count % 2, dtype=np.uint8)
         nibbles[:count] = (whole + 8).astype(np.uint8)
@@ -110,8 +114,7 @@ def dequantise(
         nibbles = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:count]
         whole = nibbles.astype(np.float32) - np.float32(8.0)
     else:
-        kind = np.dtype("<i2" if bits == REFERENCE_BITS else np.int8)
-        whole = np.frombuffer(codes, dtype=kind).astype(np.float32)
+        whole = np.frombuffer(codes, dtype=_whole(bits)).astype(np.float32)
     factors = np.frombuffer(scales, dtype="<f4").astype(np.float32)
     values: npt.NDArray[np.float32] = whole * np.repeat(factors, BLOCK)[:count]
     return values

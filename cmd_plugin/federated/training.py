@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,13 +85,11 @@ class _Curves:
         )
         self.normal: tuple[Tensor, Tensor] | None = None
         if pool:
-            count = len(plan.references)
-            products = (
-                np.bincount(plan.mode, plan.scale * other, count)[:count]
-                for other in (plan.scale, plan.offset)
+            squares, shift = plan.fold(plan.scale), plan.fold(plan.offset)
+            self.normal = (
+                torch.from_numpy(1.0 + squares).to(device),
+                torch.from_numpy(shift).to(device),
             )
-            squares, shift = (torch.from_numpy(sums).to(device) for sums in products)
-            self.normal = 1.0 + squares, shift
 
     def _trains(self, optimizer: torch.optim.Optimizer) -> bool:
         mine = {id(tensor) for tensor in self.tensors}
@@ -127,17 +125,16 @@ class _Curves:
             return
         profile = self.view.gather(self.references)
         if self.normal is not None:
-            profile = self._fit(profile)
+            profile = self._fit(profile, *self.normal)
             self.view.put(self.references, profile)
         apply_embedding(self.view, self.embedded, self.mode, self.scale, self.offset, profile)
 
-    def _fit(self, profile: Tensor) -> Tensor:
+    def _fit(self, profile: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
         r"""Return the references [M] nearest to where the step put them and their members.
 
         The normal equation of each mode, :math:`r_m = (r_m + \sum_i a_i (w_i - b_i)) / (1 + \sum_i
         a_i^2)`. Folding zeroes members that are read in place; they are written right after this.
         """
-        weight, shift = cast(tuple[Tensor, Tensor], self.normal)
         sums, scratch = self._no_sums(), self.view.scratch()
         for number, start, stop in self.view.blocks():
             sums += self._fold(self.view.read(number, scratch), slice(start, stop))
