@@ -74,7 +74,15 @@ def draw_report(summary: dict[str, Any]) -> Figure:
             share.set_ylabel("weights not sent, %")
             share.spines[["top"]].set_visible(False)
             handles, labels = [*handles, line], [*labels, "weights not sent, %"]
-        right.legend(handles, labels, frameon=False, loc="center right")
+        # Below: curves cross every part of the panel in some run or other.
+        right.legend(
+            handles,
+            labels,
+            frameon=False,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.14),
+            ncols=len(labels),
+        )
         for axes in (left, right):
             axes.spines[["top"]].set_visible(False)
         left.spines[["right"]].set_visible(False)
