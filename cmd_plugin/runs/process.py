@@ -1,0 +1,77 @@
+"""Settings of the whole process that a job needs and gives back."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cmd_plugin.errors import InputError
+
+__all__ = [
+    "ACCELERATORS",
+    "check_accelerator",
+    "kept_interrupt_handler",
+    "own_random_state",
+    "own_threads",
+]
+
+ACCELERATORS = ("cpu", "auto", "gpu", "cuda", "mps")
+
+
+def check_accelerator(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Args:
+        name: One of :data:`ACCELERATORS`.
+
+    Raises:
+        InputError: If it is not.
+    """
+    import torch
+
+    missing = (name in ("gpu", "cuda") and not torch.cuda.is_available()) or (
+        name == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise InputError(f"no {name} device was found: pass --accelerator cpu or auto.")
+
+
+@contextmanager
+def own_random_state() -> Iterator[None]:
+    """Give torch's global random state back as it was, on the CPU and on every CUDA device."""
+    import torch
+
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def own_threads(threads: int | None) -> Iterator[None]:
+    """Use so many CPU threads inside; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if threads is not None:
+            torch.set_num_threads(before)
+
+
+@contextmanager
+def kept_interrupt_handler() -> Iterator[None]:
+    """Give the handler of Ctrl-C back: Lightning leaves it switched off after the first one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, so Lightning does not either
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
