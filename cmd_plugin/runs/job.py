@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cmd_plugin.errors import InputError
 from cmd_plugin.runs.files import read_json, write_json
 from cmd_plugin.runs.folder import RunFolder
 from cmd_plugin.runs.options import JobOptions
 from cmd_plugin.runs.progress import Progress, ReportProgress
 from cmd_plugin.runs.result import Result
+from cmd_plugin.runs.table import Table
 
 __all__ = ["Job"]
+
+_ADVICE = "start again with --overwrite"
 
 
 class Job:
@@ -98,16 +104,25 @@ class Job:
         Raises:
             InputError: If the file is damaged.
         """
-        path = self.folder.state(f"{name}.json")
-        if not path.exists():
-            found = work()
-            write_json(self.folder.state(f"{name}.json"), found)
+        if not self.is_finished(name):
+            found = json.loads(json.dumps(work(), allow_nan=False))
+            seal = zlib.crc32(_canonical(found))
+            write_json(self.folder.state(f"{name}.json"), {"found": found, "crc32": seal})
         # Read back also when it was just made: a resumed run must not see other types.
-        return read_json(path, "start again with --overwrite")
+        path = self.folder.state(f"{name}.json")
+        content = read_json(path, _ADVICE)
+        found = content.get("found")
+        if not isinstance(found, dict) or zlib.crc32(_canonical(found)) != content.get("crc32"):
+            raise InputError(f"{path} is damaged (it is not what was written): {_ADVICE}.")
+        return found
 
     def is_finished(self, stage: str) -> bool:
         """Whether a stage was finished, by this or an earlier process."""
         return self.folder.state(f"{stage}.json").exists()
+
+    def table(self, name: str, columns: Mapping[str, Callable[[str], Any]]) -> Table:
+        """Return a table that the job fills while it goes on; see :class:`Table`."""
+        return Table(self.folder.path(name), columns, self.folder.state(f"{name}.seal"))
 
     def report(self, stage: str, done: float, total: float | None, note: str = "") -> None:
         """Tell how far the job is; see :class:`Progress`."""
@@ -146,3 +161,7 @@ class Job:
         )
         self.result = result
         return result
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +17,24 @@ __all__ = [
     "kept_interrupt_handler",
     "own_random_state",
     "own_threads",
+    "quiet_lightning",
 ]
+
+_LIGHTNING_LOGGERS = (
+    "pytorch_lightning",
+    "lightning_fabric",
+    "lightning.pytorch",
+    "lightning.fabric",
+)
+
+# Lightning's advice on the machine, and its own use of old functions: nothing a user could mend.
+_LIGHTNING_WARNINGS = (
+    r".*does not have many workers",
+    r"(GPU|MPS|TPU).* available but not used",
+    r".*isinstance\(treespec, LeafSpec\)",
+    r"The number of training batches",
+    r"You defined a `validation_step` but have no `val_dataloader`",
+)
 
 ACCELERATORS = ("cpu", "auto", "gpu", "cuda", "mps")
 
@@ -75,3 +94,20 @@ def kept_interrupt_handler() -> Iterator[None]:
     finally:
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's notes on the machine out of the way; its errors still show."""
+    loggers = [logging.getLogger(name) for name in _LIGHTNING_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in _LIGHTNING_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -28,7 +28,7 @@ from cmd_plugin.training._environment import (
 )
 from cmd_plugin.training._fitting import fit, prepare_resume
 from cmd_plugin.training.averages import WeightAverages
-from cmd_plugin.training.classifier import Classifier
+from cmd_plugin.jobs.classifier import Classifier
 from cmd_plugin.training.config import TrainConfig
 from cmd_plugin.training.evaluation import Score
 from cmd_plugin.training.folder import RunFolder, write_json

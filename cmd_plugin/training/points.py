@@ -33,7 +33,7 @@ from cmd_plugin.training._environment import (
 )
 from cmd_plugin.training._fitting import fit, prepare_resume
 from cmd_plugin.training._point_options import check_point_options
-from cmd_plugin.training.classifier import OPTIMIZERS, SCHEDULES, Classifier
+from cmd_plugin.jobs.classifier import OPTIMIZERS, SCHEDULES, Classifier
 from cmd_plugin.training.evaluation import Score, evaluate
 from cmd_plugin.training.folder import Row, RunFolder, write_atomically, write_json
 from cmd_plugin.training.point_data import load_point_data

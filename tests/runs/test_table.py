@@ -26,10 +26,12 @@ COLUMNS = {"seed": int, "name": str, "loss": float}
 def test_rows_come_back_with_all_their_digits(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, str, float]]
 ) -> None:
-    table = Table(tmp_path_factory.mktemp("table") / "metrics.csv", COLUMNS)
-    table.append(rows[:2])
-    table.append(rows[2:])
-    assert table.rows() == rows
+    folder = tmp_path_factory.mktemp("table")
+    for seal in (None, folder / "seal"):
+        table = Table(folder / f"{seal is None}.csv", COLUMNS, seal)
+        table.append(rows[:2])
+        table.append(rows[2:])
+        assert table.rows() == rows
 
 
 def test_a_row_that_a_kill_cut_short_is_not_there(tmp_path: Path) -> None:
@@ -54,3 +56,24 @@ def test_a_damaged_table_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_table_that_was_never_written_is_empty(tmp_path: Path) -> None:
     assert Table(tmp_path / "metrics.csv", COLUMNS).rows() == []
+
+
+def test_a_sealed_table_notices_every_changed_byte_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+    seal = tmp_path / "seal"
+    Table(tmp_path / "m.csv", COLUMNS, seal).append([(0, "raw", 0.5), (1, "raw", 0.25)])
+    whole = (tmp_path / "m.csv").read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        (tmp_path / "m.csv").write_bytes(bytes(changed))
+        with pytest.raises(InputError, match="damaged"):
+            Table(tmp_path / "m.csv", COLUMNS, seal).rows()
+    (tmp_path / "m.csv").write_bytes(
+        whole + b"2,raw,0.12"
+    )  # a kill between the rows and their seal
+    table = Table(tmp_path / "m.csv", COLUMNS, seal)
+    table.append([(3, "ema", 1.5)])
+    assert table.rows() == [(0, "raw", 0.5), (1, "raw", 0.25), (3, "ema", 1.5)]
+    (tmp_path / "m.csv").write_bytes(whole[:20])  # rows that are lost are noticed too
+    with pytest.raises(InputError, match="damaged"):
+        Table(tmp_path / "m.csv", COLUMNS, seal).rows()
