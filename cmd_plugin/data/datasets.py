@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 
 from cmd_plugin.data.folder import FolderImages, read_folder
 from cmd_plugin.data.images import ImageStore, LabelledImages, MemoryImages, channel_statistics
+from cmd_plugin.data.names import DATASETS
 from cmd_plugin.data.splits import corrupt_labels, split_indices, stratified_subset
 from cmd_plugin.errors import InputError
 
 __all__ = ["DATASETS", "ImageData", "load_dataset"]
 
-DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "folder")
 
 ROOT_VARIABLE = "CMD_PLUGIN_DATA"
 

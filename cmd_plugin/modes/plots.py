@@ -13,42 +13,16 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.modes.decomposition import Decomposition
+from cmd_plugin.runs.figures import PALETTE, SEQUENTIAL, axes_or_new, colour, legend_below
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["MODE_COLOURS", "plot_correlation", "plot_explained", "plot_mode_share", "plot_profiles"]
+__all__ = ["plot_correlation", "plot_explained", "plot_mode_share", "plot_profiles"]
 
-# Okabe and Ito's palette, told apart by all common kinds of colour vision, then a few greys and
-# tints for modes beyond.
-MODE_COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#F0E442",
-    "#444444",
-    "#8C6BB1",
-    "#A6761D",
-)
 _LEGEND = 10  # modes named in a legend
 _ROWS = 24  # layers drawn by name
-
-
-def _axes(ax: Axes | None) -> tuple[Figure | SubFigure, Axes]:
-    if ax is not None:
-        return ax.figure, ax
-    from matplotlib import pyplot as plt  # imported here: it costs half a second
-
-    return plt.subplots(layout="constrained")
-
-
-def mode_colour(mode: int) -> str:
-    """Return the colour of a mode; they repeat after ten."""
-    return MODE_COLOURS[mode % len(MODE_COLOURS)]
 
 
 def plot_profiles(
@@ -58,7 +32,7 @@ def plot_profiles(
 
     The legend gives the share of all weights in each mode, largest cluster first.
     """
-    figure, ax = _axes(ax)
+    figure, ax = axes_or_new(ax)
     profiles = decomposition.profiles - decomposition.profiles.mean(dim=1, keepdim=True)
     profiles = profiles / profiles.norm(dim=1, keepdim=True) * decomposition.snapshots**0.5
     counts = torch.bincount(
@@ -69,16 +43,16 @@ def plot_profiles(
         ax.plot(
             list(decomposition.epochs),
             profile.numpy(),
-            color=mode_colour(mode),
+            color=colour(mode),
             linewidth=1.6,
-            linestyle="-" if mode < len(MODE_COLOURS) else "--",
+            linestyle="-" if mode < len(PALETTE) else "--",
             label=f"mode {mode} ({share:.0%})" if mode < _LEGEND else None,
         )
     ax.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
     ax.locator_params(axis="x", integer=True)
     ax.set(xlabel="epoch", ylabel="standardised value", title="Mode profiles (share of weights)")
     if decomposition.number_of_modes:
-        ax.legend(fontsize="x-small", ncols=2, frameon=False)
+        legend_below(ax, fontsize="x-small")
     return figure, ax
 
 
@@ -86,10 +60,10 @@ def plot_correlation(
     correlation: Tensor, labels: Tensor, ax: Axes | None = None
 ) -> tuple[Figure | SubFigure, Axes]:
     """Draw |correlation| [K, K] of the sampled weights, sorted by their mode [K]."""
-    figure, ax = _axes(ax)
+    figure, ax = axes_or_new(ax)
     order = labels.argsort(stable=True)
     picture = correlation[order][:, order]
-    image = ax.imshow(picture.numpy(), vmin=0.0, vmax=1.0, cmap="viridis", interpolation="nearest")
+    image = ax.imshow(picture.numpy(), vmin=0.0, vmax=1.0, cmap=SEQUENTIAL, interpolation="nearest")
     for border in labels.bincount().cumsum(0)[:-1].tolist():
         ax.axhline(border - 0.5, color="white", linewidth=0.8)
         ax.axvline(border - 0.5, color="white", linewidth=0.8)
@@ -113,7 +87,7 @@ def plot_mode_share(
     decomposition: Decomposition, ax: Axes | None = None
 ) -> tuple[Figure | SubFigure, Axes]:
     """Draw the share of each layer's weights in each mode, as stacked bars (24 largest layers)."""
-    figure, ax = _axes(ax)
+    figure, ax = axes_or_new(ax)
     layers, names = _shown(decomposition)
     shares = decomposition.mode_share_by_layer()[layers].numpy()
     left = np.zeros(len(layers))
@@ -122,7 +96,7 @@ def plot_mode_share(
             range(len(layers)),
             shares[:, mode],
             left=left,
-            color=mode_colour(mode),
+            color=colour(mode),
             edgecolor="white",
             linewidth=0.3,
             label=f"{mode}" if mode < _LEGEND else None,
@@ -130,9 +104,7 @@ def plot_mode_share(
         left += shares[:, mode]
     _name_layers(ax, names, len(decomposition.layout.names))
     ax.set(xlim=(0, 1), xlabel="share of weights", title="Modes in each layer")
-    ax.legend(
-        fontsize="x-small", ncols=5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14)
-    )
+    legend_below(ax, fontsize="x-small")
     return figure, ax
 
 
@@ -140,10 +112,10 @@ def plot_explained(
     decomposition: Decomposition, ax: Axes | None = None
 ) -> tuple[Figure | SubFigure, Axes]:
     """Draw the explained share of each layer's movement (the 24 largest layers)."""
-    figure, ax = _axes(ax)
+    figure, ax = axes_or_new(ax)
     layers, names = _shown(decomposition)
     explained = decomposition.explained_variance_by_layer()
-    ax.barh(range(len(layers)), [explained[name] for name in names], color=MODE_COLOURS[0])
+    ax.barh(range(len(layers)), [explained[name] for name in names], color=PALETTE[0])
     ax.axvline(decomposition.explained_variance(), color="0.3", linestyle="--", linewidth=1.0)
     _name_layers(ax, names, len(decomposition.layout.names))
     ax.set(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmd_plugin.errors import InputError
 from cmd_plugin.runs.files import write_atomically
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ __all__ = [
     "legend_below",
     "new_figure",
     "png_bytes",
+    "read_about",
     "save_figure",
     "write_page",
 ]
@@ -61,6 +64,7 @@ _STYLE = {
     "figure.titlesize": 12.5,
 }
 _DPI = 150
+_ABOUT = "Comment"
 
 
 def colour(number: int) -> str:
@@ -118,13 +122,38 @@ def legend_below(axes: Axes, columns: int | None = None, **options: Any) -> None
         )
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
     """Write a figure as PNG, in one step.
+
+    Args:
+        figure: The figure.
+        path: The file.
+        about: JSON types that say what it shows, kept in the file's comment: see
+            :func:`read_about`.
 
     Raises:
         InputError: If it cannot be written.
     """
-    write_atomically(Path(path), lambda file: figure.savefig(file, format="png", dpi=_DPI))
+    metadata = {"Software": "cmd-plugin"} | ({} if about is None else {_ABOUT: json.dumps(about)})
+    write_atomically(
+        Path(path), lambda file: figure.savefig(file, format="png", dpi=_DPI, metadata=metadata)
+    )
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """Return what :func:`save_figure` was told about a picture; empty if nothing.
+
+    Raises:
+        InputError: If the file is no picture of ours.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            content = json.loads(image.info.get(_ABOUT, "{}"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no picture of this program ({error}).") from error
+    return dict(content)
 
 
 def png_bytes(figure: Figure) -> bytes:

@@ -57,6 +57,8 @@ class OptionField:
 
     def condition(self) -> str:
         """Return the bounds in words: "at least 0 and below 1"."""
+        if self.at_least is not None and self.at_most is not None:
+            return f"from {self.at_least:g} to {self.at_most:g}"
         bounds = (
             ("at least", self.at_least),
             ("above", self.above),

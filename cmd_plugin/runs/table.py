@@ -74,6 +74,8 @@ class Table:
             InputError: If the file is damaged.
         """
         if not self.path.exists():
+            if self.seal is not None and self.seal.exists():
+                raise InputError(f"{self.path} was removed: {_ADVICE}.")
             return []
         try:
             text = self._read().decode("utf-8")

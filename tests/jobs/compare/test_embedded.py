@@ -13,10 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from cmd_plugin.errors import InputError
+from cmd_plugin.jobs.classifier import Classifier
+from cmd_plugin.jobs.compare import train
+from cmd_plugin.jobs.compare.options import TrainOptions
+from cmd_plugin.jobs.compare.train import run
 from cmd_plugin.modes import Decomposition
-from cmd_plugin.training import Classifier, Progress, TrainConfig, comparison, run_comparison
+from cmd_plugin.runs.progress import Progress
 
-CONFIG = TrainConfig(
+OPTIONS = TrainOptions(
     train_limit=120,
     batch_size=40,
     epochs=6,
@@ -29,21 +33,28 @@ CONFIG = TrainConfig(
     embed_every=1,
     embed_percent=20.0,
 )
+# What says how weights are embedded has no effect without it, and is refused.
+ONLINE = replace(OPTIONS, mode="online", embed_every=5, embed_percent=10.0)
 STEPS = 3  # a training's steps in an epoch
+
+
+def without_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "draw_report", lambda *_: None)
+    monkeypatch.setattr(train, "save_figure", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Tests that look at numbers need not draw them."""
     if "finished" not in request.fixturenames:
-        monkeypatch.setattr(comparison, "write_report", lambda *_: None)
+        without_picture(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted comparison."""
     out = tmp_path_factory.mktemp("run") / "out"
-    run_comparison(CONFIG, out)
+    run(OPTIONS, out)
     return out
 
 
@@ -58,9 +69,10 @@ def weights(out: Path, epoch: int) -> dict[str, torch.Tensor]:
 
 
 def test_what_the_result_says(finished: Path) -> None:
-    summary = json.loads((finished / "result.json").read_text(encoding="utf-8"))
+    summary = json.loads((finished / "result.json").read_text(encoding="utf-8"))["metrics"]
     embedded = summary["embedded"]
-    assert set(summary["accuracy"]) == {"raw", "ema", "swa", "cmd", "embedded"}
+    variants = {"as trained", "raw", "ema", "swa", "cmd", "embedded"}
+    assert set(summary["accuracy"]) == variants
     assert summary["accuracy"]["embedded"] == embedded["accuracy"]["raw"]
     assert summary["loss_std"]["embedded"] == embedded["loss_std"]["raw"]
     count, modes = summary["parameters"], summary["modes"]
@@ -89,7 +101,7 @@ def test_the_embedded_training_is_the_same_until_somebody_is_embedded(finished: 
 
 def test_the_online_part_does_not_notice(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run_comparison(replace(CONFIG, mode="online"), out)
+    run(ONLINE, out)
     assert (out / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
     assert not (out / "embedded").exists()
 
@@ -136,17 +148,17 @@ class Stop:
     ],
 )
 @pytest.mark.parametrize("steps", [0, 2])
-def test_oracle_18_an_interrupted_run_ends_as_if_it_were_not(
+def test_an_interrupted_run_ends_as_if_it_were_not(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, steps: int
 ) -> None:
-    monkeypatch.setattr(comparison, "write_report", lambda *_: None)
+    without_picture(monkeypatch)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         Stop(patch, epochs * STEPS + steps)
         with pytest.raises(KeyboardInterrupt):
-            run_comparison(CONFIG, out)
+            run(OPTIONS, out)
     assert not (out / "result.json").exists()
-    run_comparison(CONFIG, out, resume=True)
+    run(OPTIONS, out, resume=True)
     for place in (".", "embedded"):
         one, other = finished / place, out / place
         assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
@@ -157,37 +169,37 @@ def test_oracle_18_an_interrupted_run_ends_as_if_it_were_not(
 
 def test_progress_counts_both_trainings(tmp_path: Path) -> None:
     told: list[Progress] = []
-    run_comparison(replace(CONFIG, seeds=1, epochs=4), tmp_path / "out", progress=told.append)
-    assert told[-1].epochs == 8
-    assert told[-1].epochs_done == 8
-    done = [p.epochs_done for p in told]
+    run(replace(OPTIONS, seeds=1, epochs=4), tmp_path / "out", progress=told.append)
+    assert told[-1].total == 8
+    assert told[-1].done == 8
+    done = [p.done for p in told]
     assert done == sorted(done)
-    assert {p.training for p in told if p.epochs_done < 4} == {"online"}
-    assert {p.training for p in told if p.epochs_done > 4} == {"embedded"}
-    assert {p.seed for p in told} == {0}
+    assert not any("embedded" in p.stage for p in told if p.done < 4)
+    assert all("embedded" in p.stage for p in told if p.done > 4)
+    assert all(p.stage.startswith("seed 0") for p in told)
 
 
 @pytest.mark.parametrize("project", ["epoch", "step", "tie"])
 def test_every_projection_trains(tmp_path: Path, project: str) -> None:
-    config = replace(CONFIG, seeds=1, embed_project=project, embed_slots="zero")
-    result = run_comparison(replace(config, embed_relative=True), tmp_path / "out")
-    assert result.summary["embedded"]["embedded_fraction"] > 0.4
+    options = replace(OPTIONS, seeds=1, embed_project=project, embed_slots="zero")
+    result = run(replace(options, embed_relative=True), tmp_path / "out")
+    assert result.metrics["embedded"]["embedded_fraction"] > 0.4
 
 
 def test_a_new_run_leaves_no_embedded_results_behind(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run_comparison(replace(CONFIG, seeds=1, epochs=4), out)
+    run(replace(OPTIONS, seeds=1, epochs=4), out)
     assert (out / "embedded" / "metrics.csv").exists()
-    result = run_comparison(replace(CONFIG, seeds=1, epochs=4, mode="online"), out)
-    assert "embedded" not in result.summary
-    assert "embedded" not in result.summary["accuracy"]
+    result = run(replace(ONLINE, seeds=1, epochs=4), out, overwrite=True)
+    assert "embedded" not in result.metrics
+    assert "embedded" not in result.metrics["accuracy"]
     assert not list((out / "embedded").rglob("*.csv"))
     assert not list((out / "embedded").rglob("*.safetensors"))
     assert not list((out / "embedded").rglob("*.json"))
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("changes", "sentence"),
     [
         ({"mode": "frozen"}, "--mode must be one of online, embedded, got frozen"),
         ({"embed_every": 0}, "--embed-every must be at least 1, got 0"),
@@ -198,6 +210,6 @@ def test_a_new_run_leaves_no_embedded_results_behind(tmp_path: Path) -> None:
         ({"embed_project": "tie", "buffers": "model"}, "use --buffers recalibrate or keep"),
     ],
 )
-def test_options_out_of_range(options: dict[str, Any], sentence: str) -> None:
+def test_options_out_of_range(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        replace(CONFIG, **options)
+        replace(OPTIONS, **changes)

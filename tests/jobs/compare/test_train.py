@@ -20,19 +20,17 @@ from safetensors.torch import load_file
 
 from cmd_plugin.data import load_dataset, make_loader
 from cmd_plugin.errors import InputError
+from cmd_plugin.jobs.classifier import Classifier
+from cmd_plugin.jobs.compare import train
+from cmd_plugin.jobs.compare.options import TrainOptions
+from cmd_plugin.jobs.compare.train import run
 from cmd_plugin.modes import Decomposition
-from cmd_plugin.training import (
-    Classifier,
-    Progress,
-    TrainConfig,
-    build_model,
-    comparison,
-    evaluate,
-    run_comparison,
-)
-from cmd_plugin.training._environment import quiet_lightning
+from cmd_plugin.runs.process import quiet_lightning
+from cmd_plugin.runs.progress import Progress
+from cmd_plugin.training.evaluation import evaluate
+from cmd_plugin.training.models import build_model
 
-CONFIG = TrainConfig(
+OPTIONS = TrainOptions(
     train_limit=120, batch_size=40, epochs=6, warmup=3, modes=3, samples=120, seeds=2, ema_decay=0.7
 )
 STEPS = 3  # a seed's steps in an epoch
@@ -41,11 +39,14 @@ STEPS = 3  # a seed's steps in an epoch
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that look at numbers need not draw them."""
-    monkeypatch.setattr(comparison, "write_report", lambda *_: None)
+    monkeypatch.setattr(train, "draw_report", lambda *_: None)
+    monkeypatch.setattr(train, "save_figure", lambda *_: None)
 
 
 def rows(out: Path) -> list[dict[str, str]]:
-    with (out / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+    """Rows of a finished run, or of one that goes on."""
+    place = out if (out / "metrics.csv").exists() else out / "unfinished"
+    with (place / "metrics.csv").open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
@@ -53,13 +54,14 @@ def rows(out: Path) -> list[dict[str, str]]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted comparison."""
     out = tmp_path_factory.mktemp("run") / "out"
-    run_comparison(CONFIG, out)
+    run(OPTIONS, out)
     return out
 
 
 def test_every_file_is_there(finished: Path) -> None:
-    summary = json.loads((finished / "result.json").read_text(encoding="utf-8"))
-    assert set(summary["accuracy"]) == {"raw", "ema", "swa", "cmd"} == set(summary["loss"])
+    summary = json.loads((finished / "result.json").read_text(encoding="utf-8"))["metrics"]
+    variants = {"as trained", "raw", "ema", "swa", "cmd"}
+    assert set(summary["accuracy"]) == variants == set(summary["loss"])
     assert summary["modes"] == 3
     assert summary["state_bytes_per_parameter"] == 9.0
     assert summary["peak_state_bytes_per_parameter"] > 9.0
@@ -80,13 +82,14 @@ def test_rows_start_when_their_variant_does(finished: Path) -> None:
         seen.setdefault((row["seed"], row["variant"]), []).append(int(row["epoch"]))
     for seed in ("0", "1"):
         assert seen[seed, "raw"] == seen[seed, "ema"] == list(range(6))
+        assert seen[seed, "as trained"] == list(range(6))
         assert seen[seed, "cmd"] == [3, 4, 5]  # fitted after epoch number warmup + 1
         assert seen[seed, "swa"] == [4, 5]  # the last quarter of six epochs
 
 
 def test_the_table_is_the_last_epoch(finished: Path) -> None:
-    summary = json.loads((finished / "result.json").read_text(encoding="utf-8"))
-    for variant in ("raw", "ema", "swa", "cmd"):
+    summary = json.loads((finished / "result.json").read_text(encoding="utf-8"))["metrics"]
+    for variant in ("as trained", "raw", "ema", "swa", "cmd"):
         last = [
             float(row["accuracy"])
             for row in rows(finished)
@@ -130,17 +133,17 @@ def test_global_state_is_left_alone(tmp_path: Path) -> None:
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     handler = signal.getsignal(signal.SIGINT)
     told: list[Progress] = []
-    config = replace(CONFIG, seeds=1, epochs=4, threads=1)
-    run_comparison(config, tmp_path / "out", progress=told.append)
+    options = replace(OPTIONS, seeds=1, epochs=4, threads=1)
+    run(options, tmp_path / "out", progress=told.append)
     assert torch.equal(before, torch.get_rng_state())
     assert torch.get_num_threads() == threads
     assert signal.getsignal(signal.SIGINT) is handler
-    done = [p.epochs_done for p in told]
+    done = [p.done for p in told]
     assert done == sorted(done)
     # On a slow machine the last batch of an epoch reports too, so a number can come twice.
     assert sorted({n for n in done if n == int(n)}) == [1, 2, 3, 4]
-    assert told[-1].epochs == 4
-    assert set(told[-1].scores) == {"raw", "ema", "swa", "cmd"}
+    assert told[-1].total == 4
+    assert all(word in told[-1].note for word in ("raw", "ema", "swa", "cmd"))
 
 
 def same_results(a: Path, b: Path) -> None:
@@ -196,11 +199,11 @@ def test_an_interrupted_run_ends_as_if_it_were_not(
     with monkeypatch.context() as patch:
         Stop(patch, step, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            run_comparison(CONFIG, out)
+            run(OPTIONS, out)
     assert not (out / "result.json").exists()
     kept = rows(out)
     assert kept == rows(finished)[: len(kept)]
-    run_comparison(CONFIG, out, resume=True)
+    run(OPTIONS, out, resume=True)
     same_results(finished, out)
 
 
@@ -208,7 +211,9 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(int(sys.argv[3]))
-from cmd_plugin.training import Classifier, TrainConfig, run_comparison
+from cmd_plugin.jobs.classifier import Classifier
+from cmd_plugin.jobs.compare.options import TrainOptions
+from cmd_plugin.jobs.compare.train import run
 step, left = Classifier.training_step, int(sys.argv[2])
 def training_step(*args):
     global left
@@ -217,7 +222,7 @@ def training_step(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*args)
 Classifier.training_step = training_step
-run_comparison(TrainConfig(**eval(sys.argv[4])), sys.argv[1])
+run(TrainOptions(**eval(sys.argv[4])), sys.argv[1])
 """
 
 
@@ -227,13 +232,13 @@ run_comparison(TrainConfig(**eval(sys.argv[4])), sys.argv[1])
 @pytest.mark.parametrize("step", [2 * STEPS + 1, 4 * STEPS + 2])
 def test_a_killed_run_ends_as_if_it_were_not(finished: Path, tmp_path: Path, step: int) -> None:
     out = tmp_path / "out"
-    options = repr(CONFIG.as_dict())
+    options = repr(OPTIONS.as_dict())
     command = [sys.executable, "-W", "ignore", "-c", KILLED, str(out), str(step)]
     command += [str(torch.get_num_threads()), options]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     child = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-    run_comparison(CONFIG, out, resume=True)
+    run(OPTIONS, out, resume=True)
     same_results(finished, out)
 
 
@@ -245,11 +250,11 @@ def test_a_row_cut_short_by_a_kill_is_made_again(
     with monkeypatch.context() as patch:
         Stop(patch, 3 * STEPS + 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            run_comparison(CONFIG, out)
+            run(OPTIONS, out)
     # As if the kill had come after a row of epoch 3, in the middle of the next.
-    with (out / "metrics.csv").open("a", encoding="utf-8") as stream:
+    with (out / "unfinished/metrics.csv").open("a", encoding="utf-8") as stream:
         stream.write("0,3,raw,1.0,0.5\r\n0,3,em")
-    run_comparison(CONFIG, out, resume=True)
+    run(OPTIONS, out, resume=True)
     same_results(finished, out)
 
 
@@ -259,30 +264,32 @@ def test_resuming_a_finished_run_trains_nothing(
 ) -> None:
     Stop(monkeypatch, 0, AssertionError("trained again"))
     before = (finished / "metrics.csv").read_bytes()
-    result = run_comparison(CONFIG, finished, resume=True)
+    result = run(OPTIONS, finished, resume=True)
     assert (finished / "metrics.csv").read_bytes() == before
-    assert result.summary["config"]["seeds"] == 2
+    assert result.options["seeds"] == 2
 
 
 @pytest.mark.usefixtures("no_picture")
 def test_which_folders_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(CONFIG, seeds=1, epochs=4)
+    options = replace(OPTIONS, seeds=1, epochs=4)
     out = tmp_path / "out"
     with pytest.raises(InputError, match="holds no run to resume"):
-        run_comparison(config, out, resume=True)
+        run(options, out, resume=True)
     with monkeypatch.context() as patch:
         Stop(patch, 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            run_comparison(config, out)
+            run(options, out)
     with pytest.raises(InputError, match="unfinished run: add --resume"):
-        run_comparison(config, out)
+        run(options, out)
     with pytest.raises(InputError, match=r"started with modes=3, now it is 4"):
-        run_comparison(replace(config, modes=4), out, resume=True)
+        run(replace(options, modes=4), out, resume=True)
     (out / "notes.txt").write_text("mine", encoding="utf-8")
-    run_comparison(replace(config, modes=2), out, overwrite=True)
-    run_comparison(config, out)  # a finished run is replaced
+    run(replace(options, modes=2), out, overwrite=True)
+    with pytest.raises(InputError, match="a finished run: add --overwrite"):
+        run(options, out)
+    run(options, out, overwrite=True)
     assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
-    assert len(rows(out)) == 4 + 4 + 1 + 1
+    assert len(rows(out)) == 4 + 4 + 4 + 1 + 1
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,18 +297,18 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         Stop(patch, 4, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            run_comparison(CONFIG, out)
-    path = out / "resume" / "seed0" / "last.ckpt"
+            run(OPTIONS, out)
+    path = out / "unfinished/state/online/seed0/last.ckpt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
-        run_comparison(CONFIG, out, resume=True)
+        run(OPTIONS, out, resume=True)
 
 
-@pytest.mark.parametrize("options", [{"lr": 1e30}, {"lr": 1e20, "schedule": "step"}])
-def test_a_diverged_run_names_seed_and_epoch(tmp_path: Path, options: dict[str, Any]) -> None:
-    config = replace(CONFIG, **options)
+@pytest.mark.parametrize("changes", [{"lr": 1e30}, {"lr": 1e20, "schedule": "step"}])
+def test_a_diverged_run_names_seed_and_epoch(tmp_path: Path, changes: dict[str, Any]) -> None:
+    options = replace(OPTIONS, **changes)
     with pytest.raises(InputError, match=r"training diverged: .* in epoch 0 of seed 0; lower --lr"):
-        run_comparison(config, tmp_path / "out")
+        run(options, tmp_path / "out")
 
 
 def test_a_later_seed_that_diverges_leaves_the_first(
@@ -316,15 +323,15 @@ def test_a_later_seed_that_diverges_leaves_the_first(
     monkeypatch.setattr(Classifier, "training_step", training_step)
     out = tmp_path / "out"
     with pytest.raises(InputError, match="the training loss is nan in epoch 1 of seed 1"):
-        run_comparison(CONFIG, out)
-    assert (out / "modes.safetensors").exists()
-    assert (out / "model_cmd.safetensors").exists()
+        run(OPTIONS, out)
+    assert (out / "unfinished/modes.safetensors").exists()
+    assert (out / "unfinished/model_cmd.safetensors").exists()
     assert {(r["seed"], r["epoch"]) for r in rows(out)} >= {("0", "5"), ("1", "0")}
 
 
 @pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize(
-    "options",
+    "changes",
     [
         {"shrink": True, "forgetting": 0.9, "profile": "mean", "optimizer": "adam"},
         {"buffers": "model", "schedule": "cosine"},
@@ -332,21 +339,21 @@ def test_a_later_seed_that_diverges_leaves_the_first(
     ],
 )
 def test_every_option_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    config = replace(CONFIG, seeds=1, **options)
+    options = replace(OPTIONS, seeds=1, **changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_comparison(config, whole)
+    run(options, whole)
     with monkeypatch.context() as patch:
         Stop(patch, 4 * STEPS + 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            run_comparison(config, broken)
-    run_comparison(config, broken, resume=True)
+            run(options, broken)
+    run(options, broken, resume=True)
     same_results(whole, broken)
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("changes", "sentence"),
     [
         ({"modes": 0}, "--modes must be from 1 to 256, got 0"),
         ({"modes": 300}, "--modes must be from 1 to 256, got 300"),
@@ -364,13 +371,13 @@ def test_every_option_resumes(
         ({"buffers": "drop"}, "--buffers must be one of model, recalibrate, keep"),
     ],
 )
-def test_options_out_of_range(options: dict[str, Any], sentence: str) -> None:
+def test_options_out_of_range(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        replace(CONFIG, **options)
+        replace(OPTIONS, **changes)
 
 
 def test_a_missing_device(tmp_path: Path) -> None:
     if torch.backends.mps.is_available():
         pytest.skip("this machine has the device")
     with pytest.raises(InputError, match="no mps device was found"):
-        run_comparison(replace(CONFIG, accelerator="mps"), tmp_path)
+        run(replace(OPTIONS, accelerator="mps"), tmp_path)

@@ -2,109 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
-from safetensors.torch import load_file
 from torch import Tensor
 
+from cmd_plugin.jobs.compare.files import Row
+from cmd_plugin.jobs.compare.options import TrainOptions
 from cmd_plugin.modes import Decomposition
 from cmd_plugin.modes.plots import plot_correlation, plot_mode_share, plot_profiles
-from cmd_plugin.training.folder import Row, RunFolder, write_atomically
+from cmd_plugin.runs.figures import PALETTE, figure_style, legend_below, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["draw_report", "plot_accuracy", "write_report"]
+__all__ = ["draw_report", "plot_accuracy"]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; line styles say it again.
+# Line styles say again what colours say.
 _STYLES: dict[str, dict[str, Any]] = {
-    "raw": {"label": "raw", "color": "#7f7f7f", "linestyle": ":", "linewidth": 1.6},
-    "ema": {"label": "EMA", "color": "#0072B2", "linestyle": "--", "linewidth": 1.6},
-    "swa": {"label": "SWA", "color": "#009E73", "linestyle": "-.", "linewidth": 1.8},
-    "cmd": {"label": "CMD", "color": "#D55E00", "linestyle": "-", "linewidth": 2.2},
-    "embedded": {"label": "embedded", "color": "#CC79A7", "linestyle": "-", "linewidth": 1.8},
+    "as trained": {
+        "label": "raw, statistics as trained",
+        "color": "#b5b5b5",
+        "linestyle": (0, (1, 2)),
+        "linewidth": 1.4,
+    },
+    "raw": {"label": "raw", "color": "#444444", "linestyle": ":", "linewidth": 1.8},
+    "ema": {"label": "EMA", "color": PALETTE[0], "linestyle": "--", "linewidth": 1.6},
+    "swa": {"label": "SWA", "color": PALETTE[2], "linestyle": "-.", "linewidth": 1.8},
+    "cmd": {"label": "CMD", "color": PALETTE[3], "linestyle": "-", "linewidth": 2.2},
+    "embedded": {"label": "embedded", "color": PALETTE[4], "linestyle": "-", "linewidth": 1.8},
 }
 
 
-def write_report(folder: RunFolder, summary: dict[str, Any]) -> None:
-    """Draw report.png from the files of a finished comparison.
-
-    Args:
-        folder: Where metrics.csv, modes.safetensors and the correlation matrix lie.
-        summary: The content of result.json.
-    """
-    decomposition = Decomposition.load(folder.modes)
-    path = folder.correlation(summary["config"]["seed"])
-    correlation = None
-    if path.exists():
-        tensors = load_file(path)
-        correlation = tensors["correlation"].float(), tensors["labels"]
-    rows = folder.rows()
-    if "embedded" in summary:
-        rows += [
-            replace(row, variant="embedded")
-            for row in folder.embedded.rows()
-            if row.variant == "raw"
-        ]
-    figure = draw_report(rows, decomposition, correlation, summary)
-    write_atomically(folder.report, lambda file: figure.savefig(file, format="png", dpi=150))
-
-
 def draw_report(
-    rows: Sequence[Row],
+    rows: Mapping[str, Sequence[Row]],
     decomposition: Decomposition,
     correlation: tuple[Tensor, Tensor] | None,
-    summary: dict[str, Any],
+    options: TrainOptions,
+    data: Mapping[str, Any],
+    metrics: Mapping[str, Any],
 ) -> Figure:
-    """The four panels as a figure; nothing global is touched.
+    """Return the four panels as a figure; nothing global is touched.
 
     Args:
-        rows: Scores of all seeds, epochs and variants.
+        rows: Scores of all seeds, epochs and variants, by the kind of training.
         decomposition: Modes of the first seed.
         correlation: Absolute correlation [K, K] of the clustered weights, and their modes [K].
-        summary: The content of result.json.
+        options: The comparison's options.
+        data: What it ran on.
+        metrics: What it found.
     """
-    with mpl.rc_context({"font.size": 10.0, "axes.titlesize": 11.0, "axes.titleweight": "bold"}):
-        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-        figure = Figure(figsize=(13.0, 10.0), layout=layout)
-        FigureCanvasAgg(figure)
+    shown = list(rows["online"])
+    shown += [
+        r._replace(variant="embedded") for r in rows.get("embedded", ()) if r.variant == "raw"
+    ]
+    seed = f", seed {options.seed}" if options.seeds > 1 else ""
+    with figure_style():
+        figure = new_figure(13.0, 10.0)
         # Two rows of their own: long layer names below must not squeeze the panels above.
         rows_of_panels: Any = figure.subfigures(2, 1, height_ratios=(1.0, 1.15))
         accuracy, profiles = rows_of_panels[0].subplots(1, 2)
         matrix, layers = rows_of_panels[1].subplots(1, 2)
-        plot_accuracy(rows, summary["config"]["warmup"], accuracy)
+        plot_accuracy(shown, options.warmup, accuracy)
         plot_profiles(decomposition, profiles)
+        profiles.set_title(f"Mode profiles{seed} (share of weights)")
         if correlation is None:
             matrix.text(0.5, 0.5, "correlations were not kept", ha="center", va="center")
             matrix.set_axis_off()
         else:
             plot_correlation(*correlation, matrix)
+            count = len(correlation[1])
+            matrix.set_title(f"Clustered correlations{seed} ({count} sampled weights)")
         plot_mode_share(decomposition, layers)
+        layers.set_title(f"Modes in each layer{seed}")
         legend = layers.get_legend()
         if legend is not None:  # the profiles' legend says the same
             legend.remove()
         layers.set_xlabel("share of weights (colours as above)")
-        for axes in (accuracy, profiles, layers):
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(_headline(summary), fontsize=12.5)
+        figure.suptitle(_headline(options, data, metrics))
     return figure
 
 
-def _headline(summary: dict[str, Any]) -> str:
-    config, data = summary["config"], summary["data"]
-    noise = f" with {config['label_noise']:.0%} label noise" if config["label_noise"] else ""
-    seeds = f"{config['seeds']} seeds" if config["seeds"] > 1 else "1 seed"
+def _headline(options: TrainOptions, data: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    noise = f" with {options.label_noise:.0%} label noise" if options.label_noise else ""
+    seeds = f"{options.seeds} seeds" if options.seeds > 1 else "1 seed"
+    explained = metrics["explained_variance"]
+    share = "an unknown part" if explained is None else f"{explained:.1%}"
     return (
-        f"{config['model']} on {data['name']}{noise}, {seeds}: {summary['modes']} modes explain "
-        f"{summary['explained_variance']:.1%} of the movement of {summary['parameters']:,} weights"
+        f"{options.model} on {data['name']}{noise}, {seeds}: {metrics['modes']} modes explain "
+        f"{share} of the movement of {metrics['parameters']:,} weights"
     )
 
 
@@ -112,16 +100,18 @@ def plot_accuracy(rows: Sequence[Row], warmup: int, axes: Axes) -> None:
     """Draw the held-out accuracy of each variant over the epochs, mean and spread over seeds.
 
     The vertical range shows all that happens once CMD has started, and of the slow EMA the last
-    quarter; what lies below is cut off.
+    quarter; where a curve begins below, the axis says so.
 
     Args:
         rows: Scores of all seeds, epochs and variants.
         warmup: Epoch after which CMD starts.
         axes: Where to draw.
     """
+    from matplotlib.ticker import MaxNLocator
+
     seeds = sorted({row.seed for row in rows})
     last = max(row.epoch for row in rows)
-    lowest, highest = 100.0, 0.0
+    lowest, highest, deepest = 100.0, 0.0, 100.0
     for variant, style in _STYLES.items():
         mine = [row for row in rows if row.variant == variant]
         epochs = np.array(sorted({row.epoch for row in mine}))
@@ -130,7 +120,7 @@ def plot_accuracy(rows: Sequence[Row], warmup: int, axes: Axes) -> None:
         table = np.full((len(seeds), len(epochs)), np.nan)
         for row in mine:
             column = int(np.searchsorted(epochs, row.epoch))
-            table[seeds.index(row.seed), column] = 100.0 * row.score.accuracy
+            table[seeds.index(row.seed), column] = 100.0 * row.accuracy
         mean = np.nanmean(table, axis=0)
         marker = "o" if len(epochs) == 1 else None  # a line needs two points
         axes.plot(epochs, mean, marker=marker, **style)
@@ -142,6 +132,7 @@ def plot_accuracy(rows: Sequence[Row], warmup: int, axes: Axes) -> None:
         seen = epochs >= (0.75 * last if variant == "ema" else warmup)
         lowest = min(lowest, *low[seen])
         highest = max(highest, *high[seen])
+        deepest = min(deepest, *low)
     margin = max(0.08 * (highest - lowest), 0.2)
     bottom = lowest - margin
     axes.set_ylim(bottom, min(highest + margin, 100.0 + 0.02 * (100.0 - bottom)))
@@ -159,12 +150,13 @@ def plot_accuracy(rows: Sequence[Row], warmup: int, axes: Axes) -> None:
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(loc="best", framealpha=0.9)
     several = any(row.variant == "embedded" for row in rows)
     runs = "two trainings a seed" if several else "the same training runs"
     spread_note = " (mean ± std over seeds)" if len(seeds) > 1 else ""
+    cut = f"; curves from {deepest:.0f} % on are cut off" if deepest < bottom else ""
     axes.set(
         xlabel="epoch",
-        ylabel="held-out accuracy (%)",
+        ylabel=f"held-out accuracy (%){cut}",
         title=f"Accuracy in {runs}{spread_note}",
     )
+    legend_below(axes)
