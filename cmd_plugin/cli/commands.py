@@ -136,6 +136,8 @@ def _own_parameters(kind: type[JobOptions]) -> list[inspect.Parameter]:
                         help=about.help,
                         group=panel,
                         negative=negative,
+                        # The last one counts, as everywhere else: scripts add to a fixed command.
+                        allow_repeating=True,
                         show_default=field.default not in (None, (), MISSING) and hint is not bool,
                         **extra,
                     ),
@@ -159,7 +161,13 @@ def _shared_parameters(command: Command) -> list[inspect.Parameter]:
             default=default,
             annotation=Annotated[
                 kind,
-                Parameter(help=text, group=panel, negative=(), show_default=kind is not bool),
+                Parameter(
+                    help=text,
+                    group=panel,
+                    negative=(),
+                    allow_repeating=True,
+                    show_default=kind is not bool,
+                ),
             ],
         )
         for name, kind, default, text in rows

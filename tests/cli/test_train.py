@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from cmd_plugin import __version__
 from cmd_plugin.cli.main import run
-from cmd_plugin.training import Classifier, comparison
+from cmd_plugin.jobs.classifier import Classifier
+from cmd_plugin.jobs.compare import train
 
 QUICK = ["--train-limit", "120", "--batch-size", "40", "--epochs", "4", "--warmup", "2"]
 QUICK += ["--modes", "3", "--samples", "100", "--seeds", "1"]
@@ -33,7 +34,8 @@ def cmd_plugin(*arguments: str) -> int:
 @pytest.fixture
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that look at words need no picture."""
-    monkeypatch.setattr(comparison, "write_report", lambda *_: None)
+    monkeypatch.setattr(train, "draw_report", lambda *_: None)
+    monkeypatch.setattr(train, "save_figure", lambda *_: None)
 
 
 def test_json_is_all_there_is_on_stdout(tmp_path: Path) -> None:
@@ -49,9 +51,11 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path) -> None:
     )
     assert child.returncode == 0, child.stderr
     assert child.stderr == ""
-    summary = json.loads(child.stdout)
-    assert summary == json.loads((out / "result.json").read_text(encoding="utf-8"))
-    assert set(summary["accuracy"]) == {"raw", "ema", "swa", "cmd"}
+    result = json.loads(child.stdout)
+    assert result == json.loads((out / "result.json").read_text(encoding="utf-8"))
+    assert list(result) == ["job", "options", "data", "metrics", "machine", "seconds", "files"]
+    summary = result["metrics"]
+    assert set(summary["accuracy"]) == {"as trained", "raw", "ema", "swa", "cmd"}
     for name in ("overhead_percent", "state_bytes_per_parameter", "explained_variance"):
         assert isinstance(summary[name], float), name
     for name in ("parameters", "modes"):
@@ -83,8 +87,8 @@ def test_embedded_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "embedded (tie), own training" in printed.out
     assert "embedded: 10.0% of the weights at the end, 2.5 % on average over the run" in printed.out
     assert "instead of 0.9 MB" in printed.out
-    assert cmd_plugin("train", *QUICK, *options, "--out", out, "--json") == 0
-    summary = json.loads(capsys.readouterr().out)
+    assert cmd_plugin("train", *QUICK, *options, "--out", out, "--json", "--overwrite") == 0
+    summary = json.loads(capsys.readouterr().out)["metrics"]
     assert summary["accuracy"]["embedded"] == summary["accuracy"]["raw"]
     assert 0.099 < summary["embedded"]["embedded_fraction"] < 0.1001
 
@@ -100,10 +104,10 @@ def test_the_checkpoints_are_one_run_for_decompose(
 ) -> None:
     out, modes = tmp_path / "out", tmp_path / "modes"
     assert cmd_plugin("train", *QUICK, "--seeds", "2", "--out", str(out), "--json") == 0
-    trained = json.loads(capsys.readouterr().out)
+    trained = json.loads(capsys.readouterr().out)["metrics"]
     options = ("--modes", "3", "--samples", "100", "--out", str(modes), "--json")
     assert cmd_plugin("decompose", str(out / "checkpoints"), *options) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["metrics"]
     assert found["snapshots"] == 4
     # While training BatchNorm's statistics are recalibrated; of checkpoints they are modelled.
     network = load_file(out / "model_cmd.safetensors")
@@ -133,7 +137,8 @@ def test_interrupt_and_resume(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "add --resume" in printed.err
-    with (tmp_path / "out" / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+    assert str(tmp_path / "out/unfinished") in printed.err
+    with (tmp_path / "out/unfinished/metrics.csv").open(newline="", encoding="utf-8") as stream:
         assert {row["epoch"] for row in csv.DictReader(stream)} == {"0", "1"}
     assert cmd_plugin("train", *QUICK, "--out", out) == 2
     assert "unfinished run: add --resume" in capsys.readouterr().err
@@ -184,7 +189,7 @@ def test_out_that_cannot_be_written(
         out.write_text("", encoding="utf-8")
     target = out / "deep" if kind == "below a file" else out
     assert cmd_plugin("train", *QUICK, "--out", str(target)) == 2
-    assert "error: cannot write to --out" in capsys.readouterr().err
+    assert "cannot be written to" in capsys.readouterr().err
 
 
 def test_diverged_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +203,7 @@ def test_a_fault_of_ours(
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(comparison, "load_dataset", broken)
+    monkeypatch.setattr(train, "load_dataset", broken)
     monkeypatch.delenv("CMD_PLUGIN_DEBUG", raising=False)
     assert cmd_plugin("train", "--out", str(tmp_path)) == 1
     error = capsys.readouterr().err
@@ -220,15 +225,28 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cmd_plugin() == 2
     assert "Usage" in capsys.readouterr().out
     assert cmd_plugin("trian") == 2
-    assert "error: No such command 'trian'" in capsys.readouterr().err
+    assert 'error: Unknown command "trian". Did you mean "train"?' in capsys.readouterr().err
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--help",
+        "--version",
+        "train --help",
+        "trian",
+        "train --bogus",
+        "train --epochs many",
+        "train --mode embeded",
+        "train --embed-every 2",
+    ],
+)
+def test_help_and_typing_errors_import_nothing_heavy(arguments: str) -> None:
     code = (
         "import sys\n"
         "from cmd_plugin.cli.main import run\n"
-        "try:\n    run(['train', '--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'pytorch_lightning', 'timm', 'sklearn', 'matplotlib', 'numpy'}\n"
+        f"try:\n    run({arguments.split()})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'pytorch_lightning', 'timm', 'sklearn', 'matplotlib', 'numpy', 'flwr'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     root = Path(__file__).parents[2]
@@ -244,6 +262,27 @@ def test_a_warning_of_ours_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     options = ["--modes", "200", "--samples", "60"]  # fewer samples than modes
     assert cmd_plugin("train", *QUICK, *options, "--out", str(tmp_path / "out"), "--json") == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["modes"] < 200
+    assert json.loads(printed.out)["metrics"]["modes"] < 200
     assert printed.err.startswith("warning: only ")
     assert printed.err.count("\n") == 1
+
+
+def test_a_finished_run_is_not_replaced_by_accident(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cmd_plugin("train", *QUICK, "--out", str(out), "--quiet") == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for arguments in ([], ["--overwrite", "--lr", "1e30"], ["--resume", "--lr", "0.01"]):
+        assert cmd_plugin("train", *QUICK, "--out", str(out), *arguments) == 2
+        assert all(path.read_bytes() == content for path, content in before.items()), arguments
+    capsys.readouterr()
+    assert cmd_plugin("train", *QUICK, "--out", str(out), "--overwrite", "--quiet") == 0
+    assert not (out / "unfinished").exists()
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_python_m_cmd_plugin_is_the_command() -> None:
+    command = [sys.executable, "-m", "cmd_plugin", "--version"]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert child.stdout == f"cmd-plugin {__version__}\n"
