@@ -9,15 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmd_plugin.networks.evaluation import Score as Score
+    from cmd_plugin.networks.evaluation import evaluate as evaluate
     from cmd_plugin.networks.measuring import kept_buffers as kept_buffers
     from cmd_plugin.networks.measuring import undisturbed as undisturbed
+    from cmd_plugin.networks.named import SmallConvNet as SmallConvNet
+    from cmd_plugin.networks.named import build_model as build_model
 
 _MODULES = {
+    "Score": "evaluation",
+    "SmallConvNet": "named",
+    "build_model": "named",
+    "evaluate": "evaluation",
     "kept_buffers": "measuring",
     "undisturbed": "measuring",
 }
 
-__all__ = ["kept_buffers", "undisturbed"]
+__all__ = [
+    "Score",
+    "SmallConvNet",
+    "build_model",
+    "evaluate",
+    "kept_buffers",
+    "undisturbed",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from cmd_plugin import __version__
 from cmd_plugin.callbacks import CMDCallback
 from cmd_plugin.data import ImageData, load_dataset, make_loader
 from cmd_plugin.errors import InputError, NonFiniteError
+from cmd_plugin.networks import Score, build_model
 from cmd_plugin.training._environment import (
     check_accelerator,
     own_random_state,
@@ -30,9 +31,7 @@ from cmd_plugin.training._fitting import fit, prepare_resume
 from cmd_plugin.training.averages import WeightAverages
 from cmd_plugin.training.classifier import Classifier
 from cmd_plugin.training.config import TrainConfig
-from cmd_plugin.training.evaluation import Score
 from cmd_plugin.training.folder import RunFolder, write_json
-from cmd_plugin.training.models import build_model
 from cmd_plugin.training.recorder import VARIANTS, Progress, Recorder, TrainingClock, diverged
 from cmd_plugin.training.report import write_report
 

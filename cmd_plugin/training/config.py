@@ -39,7 +39,7 @@ class TrainConfig:
         image_size: Side length to resize images to; `None` keeps theirs.
         label_noise: Share of wrong training labels, in [0, 1).
         train_limit: Number of training images used; `None` uses all.
-        model: Network, see :func:`cmd_plugin.training.build_model`.
+        model: Network, see :func:`cmd_plugin.networks.build_model`.
         optimizer: `sgd`, `adam` or `adamw`.
         lr: Learning rate; `None` takes 0.05 for `sgd` and 0.001 for the others.
         momentum: Momentum of `sgd`, in [0, 1).

@@ -17,8 +17,8 @@ from typing_extensions import override
 from cmd_plugin.callbacks import CMDCallback
 from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.errors import InputError
+from cmd_plugin.networks import Score, evaluate
 from cmd_plugin.training.averages import WeightAverages
-from cmd_plugin.training.evaluation import Score, evaluate
 from cmd_plugin.training.folder import Row, RunFolder, write_atomically
 
 __all__ = ["VARIANTS", "Progress", "Recorder", "TrainingClock", "diverged"]

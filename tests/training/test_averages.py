@@ -15,7 +15,8 @@ from typing_extensions import override
 from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.data import load_dataset, make_loader
 from cmd_plugin.errors import InputError, StateMismatch
-from cmd_plugin.training import Classifier, WeightAverages, build_model
+from cmd_plugin.networks import build_model
+from cmd_plugin.training import Classifier, WeightAverages
 from cmd_plugin.training._environment import quiet_lightning
 
 EPOCHS = 4

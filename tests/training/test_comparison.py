@@ -21,15 +21,8 @@ from safetensors.torch import load_file
 from cmd_plugin.data import load_dataset, make_loader
 from cmd_plugin.errors import InputError
 from cmd_plugin.modes import Decomposition
-from cmd_plugin.training import (
-    Classifier,
-    Progress,
-    TrainConfig,
-    build_model,
-    comparison,
-    evaluate,
-    run_comparison,
-)
+from cmd_plugin.networks import build_model, evaluate
+from cmd_plugin.training import Classifier, Progress, TrainConfig, comparison, run_comparison
 from cmd_plugin.training._environment import quiet_lightning
 
 CONFIG = TrainConfig(
