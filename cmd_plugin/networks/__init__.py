@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from cmd_plugin.networks.measuring import undisturbed as undisturbed
     from cmd_plugin.networks.named import SmallConvNet as SmallConvNet
     from cmd_plugin.networks.named import build_model as build_model
+    from cmd_plugin.networks.recalibration import recalibrate as recalibrate
+    from cmd_plugin.networks.recalibration import recalibrated as recalibrated
 
 _MODULES = {
     "Score": "evaluation",
@@ -22,6 +24,8 @@ _MODULES = {
     "build_model": "named",
     "evaluate": "evaluation",
     "kept_buffers": "measuring",
+    "recalibrate": "recalibration",
+    "recalibrated": "recalibration",
     "undisturbed": "measuring",
 }
 
@@ -31,6 +35,8 @@ __all__ = [
     "build_model",
     "evaluate",
     "kept_buffers",
+    "recalibrate",
+    "recalibrated",
     "undisturbed",
 ]
 
