@@ -37,9 +37,7 @@ from benchmarks.machine import RESULTS, describe_machine
 from benchmarks.subspace import train_in_subspace
 from cmd_plugin.data import load_dataset
 from cmd_plugin.modes import OnlineModes
-from cmd_plugin.modes.exchange import recalibrated
-from cmd_plugin.training.evaluation import evaluate
-from cmd_plugin.training.models import SmallConvNet
+from cmd_plugin.networks import SmallConvNet, evaluate, recalibrated
 
 EMA_PER_STEP = (0.9, 0.99, 0.999)
 EMA_PER_EPOCH = 0.9

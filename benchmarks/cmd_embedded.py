@@ -32,9 +32,7 @@ from benchmarks.cmd_accuracy import CASES, QUICK, TEST_LIMIT, Case, batches, who
 from benchmarks.machine import RESULTS, describe_machine
 from cmd_plugin.data import load_dataset
 from cmd_plugin.modes import Embedding, OnlineModes
-from cmd_plugin.modes.exchange import recalibrated
-from cmd_plugin.training.evaluation import evaluate
-from cmd_plugin.training.models import SmallConvNet
+from cmd_plugin.networks import SmallConvNet, evaluate, recalibrated
 
 MODES, EVERY, PERCENT = 10, 5, 10.0
 OFTEN = 2  # epochs between events in the rows that embed most

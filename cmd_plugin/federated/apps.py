@@ -28,7 +28,7 @@ from cmd_plugin.federated.partition import partition_indices
 from cmd_plugin.federated.traffic import MeteredGrid
 from cmd_plugin.federated.training import embedded_training
 from cmd_plugin.modes import Embedding
-from cmd_plugin.training import Score, build_model, evaluate
+from cmd_plugin.networks import Score, build_model, evaluate
 from cmd_plugin.training._environment import own_random_state, own_threads
 
 __all__ = ["OrderedGrid", "initial_arrays", "make_client_app", "make_strategy", "serve"]

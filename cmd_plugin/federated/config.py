@@ -32,7 +32,7 @@ class FederatedConfig:
         image_size: Side length to resize images to; None keeps theirs.
         train_limit: Number of training images used, over all clients; None uses all.
         test_limit: Number of held-out images used; None uses all.
-        model: Network, see :func:`cmd_plugin.training.build_model`.
+        model: Network, see :func:`cmd_plugin.networks.build_model`.
         clients: Number of clients.
         partition: ``"iid"`` or ``"dirichlet:ALPHA"``.
         rounds: Rounds of training.

@@ -43,7 +43,7 @@ from cmd_plugin.federated.packing import Packing
 from cmd_plugin.federated.report import write_report
 from cmd_plugin.federated.strategy import FrameStrategy
 from cmd_plugin.federated.traffic import Traffic
-from cmd_plugin.training import Score
+from cmd_plugin.networks import Score
 from cmd_plugin.training.folder import write_atomically, write_json
 
 __all__ = ["FederatedResult", "Round", "make_server_app", "simulate", "train_and_record"]

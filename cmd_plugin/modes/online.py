@@ -15,7 +15,7 @@ from cmd_plugin.errors import PluginError, StateMismatch
 from cmd_plugin.kernels import FlatView
 from cmd_plugin.modes.choice import ModeChoice
 from cmd_plugin.modes.embedding import Embedder, check_embedding
-from cmd_plugin.modes.exchange import keep_tensors, modelled, recalibrated, statistics_of
+from cmd_plugin.modes.exchange import modelled, normalisations
 from cmd_plugin.modes.fitted import FittedModes
 from cmd_plugin.modes.layout import Layout, check_buffers, find_weights
 from cmd_plugin.modes.sampling import sample_weights
@@ -23,6 +23,8 @@ from cmd_plugin.modes.settings import Embedding, Settings
 from cmd_plugin.modes.source import Source, WeightSource, diverged
 from cmd_plugin.modes.tracker import Tracker
 from cmd_plugin.modes.warmup import WarmUp
+from cmd_plugin.networks.measuring import kept_buffers
+from cmd_plugin.networks.recalibration import recalibrated
 
 __all__ = ["OnlineModes"]
 
@@ -306,7 +308,7 @@ class OnlineModes(FittedModes):
             view = self._read(target)
             tensors = find_weights(self.layout, target, "the model")
         raw = list(tensors.values())
-        with keep_tensors(statistics_of(target)), modelled(view, raw, tracker):
+        with kept_buffers(normalisations(target)), modelled(view, raw, tracker):
             self._swapped = True
             try:
                 with torch.no_grad():

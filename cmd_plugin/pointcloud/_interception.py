@@ -6,15 +6,13 @@ numbers, hooks.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, ShapeError
+from cmd_plugin.networks.measuring import undisturbed
 from cmd_plugin.pointcloud._pools import Pool, Watch, first_tensor
 
 __all__ = [
@@ -22,7 +20,6 @@ __all__ = [
     "as_it_is",
     "channels_first",
     "choose_pool",
-    "evaluating",
     "inner_module",
     "intercept",
     "layer_features",
@@ -54,39 +51,6 @@ def inner_module(model: nn.Module) -> nn.Module:
             return model
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put networks into evaluation mode; every module gets its own mode back afterwards."""
-    modes = _evaluate(models)
-    try:
-        yield
-    finally:
-        _restore(modes)
-
-
-def _evaluate(models: Iterable[nn.Module]) -> dict[nn.Module, bool]:
-    """Put networks into evaluation mode, and return whether each module was training."""
-    # A walk of our own, because modules() makes up the names of all; a small network feels that.
-    modes: dict[nn.Module, bool] = {}
-    waiting: list[nn.Module | None] = list(models)
-    while waiting:
-        module = waiting.pop()
-        if module is not None and module not in modes:
-            modes[module] = module.training
-            if module._modules:
-                waiting.extend(module._modules.values())
-    if True in modes.values():  # setting an attribute of a module is slow, too
-        for model in models:
-            model.eval()
-    return modes
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        if module.training != training:
-            module.training = training
-
-
 def scores_of(output: Any) -> Tensor:
     """The class scores in what a network returned: its first tensor.
 
@@ -99,45 +63,6 @@ def scores_of(output: Any) -> Tensor:
     if value is None:
         raise InputError("the network returned no tensor: pass forward= that returns its scores.")
     return value
-
-
-class _Undisturbed:
-    """Evaluation mode, no gradients, no compiler; modes and random numbers as before afterwards.
-
-    One class in place of five nested context managers, so that less Python surrounds the network.
-    """
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model, self.device = model, device
-        self.eager: Any = None
-        self.cuda_random: Tensor | None = None
-
-    def __enter__(self) -> None:
-        # Whatever was compiled runs uncompiled here: a compiled graph calls no torch functions.
-        # Before the first compilation there is nothing to switch off, and asking would load the
-        # compiler. First, because inside a compiled region this raises.
-        if "torch._dynamo" in sys.modules:
-            self.eager = torch.compiler.set_stance("force_eager")
-        self.random = torch.get_rng_state()
-        if self.device.type == "cuda":
-            self.cuda_random = torch.cuda.get_rng_state(self.device)
-        self.gradients = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
-        self.modes: dict[nn.Module, bool] = {}
-        try:
-            self.modes = _evaluate((self.model,))
-        except BaseException:  # from a train() of the user's own
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        _restore(self.modes)
-        torch.set_grad_enabled(self.gradients)
-        torch.set_rng_state(self.random)
-        if self.cuda_random is not None:
-            torch.cuda.set_rng_state(self.cuda_random, self.device)
-        if self.eager is not None:
-            self.eager.__exit__(None, None, None)
 
 
 def intercept(
@@ -168,26 +93,24 @@ def intercept(
     """
     model = inner_module(model)
     kept: list[Tensor] = []
-    handle = None
-    if layer is not None:
-        module = _find(model, layer)
 
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            value = first_tensor(output)
-            if value is not None:
-                kept[:] = [value.detach()]  # the last call counts
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        value = first_tensor(output)
+        if value is not None:
+            kept[:] = [value.detach()]  # the last call counts
 
-        handle = module.register_forward_hook(keep)
-    try:
-        for clone in (False, True):
-            watch = Watch(points, mask, pool, clone=clone)
-            with _Undisturbed(model, points.device), watch:
-                output = forward(model, points)
-            if not watch.overwritten:
-                break
-    finally:
-        if handle is not None:
-            handle.remove()
+    hooked = None if layer is None else _find(model, layer)
+    # A compiled graph calls no torch functions, so the pass is eager. Without copies of buffers,
+    # because a small network feels them and those of normalisations stay in evaluation mode.
+    surroundings = undisturbed(model, buffers=False, eager=True, device=points.device)
+    for clone in (False, True):
+        watch = Watch(points, mask, pool, clone=clone)
+        with surroundings, watch:
+            if hooked is not None:
+                surroundings.hooks.append(hooked.register_forward_hook(keep))
+            output = forward(model, points)
+        if not watch.overwritten:
+            break
     if layer is not None and not kept:
         raise InputError(f"layer {layer!r} returned no tensor in this forward pass.")
     return output, watch, kept[0] if kept else None

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.pointcloud._interception import Forward, as_it_is, evaluating
+from cmd_plugin.networks.measuring import undisturbed
+from cmd_plugin.pointcloud._interception import Forward, as_it_is
 from cmd_plugin.pointcloud.importance import point_importance
 from cmd_plugin.pointcloud.refocus import importance_order
 
@@ -153,7 +154,7 @@ def gradient_attack(
     """
     generator = torch.Generator().manual_seed(seed)
     normals = estimate_normals(points) if tangential else None
-    with evaluating(network):
+    with undisturbed(network, gradients=True):
         with torch.no_grad():
             wrong = network(points).argmax(dim=1) != labels
         before, best, moved = wrong.clone(), points.clone(), points.clone()
@@ -206,7 +207,7 @@ def query_attack(
 
     Source: Huang et al., CVPR 2022 (SI-Adv), in the protocol of the Critical Points++ code.
     """
-    with evaluating(target, surrogate):
+    with undisturbed(target, surrogate):
         rows = [
             _query_one(target, surrogate, points[[n]], labels[[n]], min(step, limit), queries)
             for n in range(len(points))

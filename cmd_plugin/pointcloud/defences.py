@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.kernels.counter_random import derived_seed
+from cmd_plugin.networks.measuring import undisturbed
 from cmd_plugin.pointcloud.clouds import PointClouds
 from cmd_plugin.pointcloud.epic import EPiC
 from cmd_plugin.pointcloud.outliers import statistical_outliers
@@ -108,7 +109,6 @@ class Defences(nn.Module):
         members = self.ensemble.views
         return {"EPiC": members, "EPiC + refocused": (*members, "refocused")}
 
-    @torch.no_grad()
     def forward(self, points: Tensor, index: Tensor) -> dict[str, Tensor]:
         """Return the logits of every row, [B, C] or, for rows that vote, [B, M, C].
 
@@ -116,22 +116,22 @@ class Defences(nn.Module):
             points: [B, N', 3].
             index: [B] sample numbers.
         """
-        self.eval()
-        focused = refocus(self.plain, points, minimum=_FEWEST)
-        trained = refocus(self.subset, points, minimum=_FEWEST)
-        # Its scores of the whole clouds are there already: no second pass for them.
-        kept = kept_mask(importance_order(trained.importance), self.kept)
-        member = run_on(self.subset, points, kept)
-        votes = self.ensemble.votes(points, index).logits
-        cleaned = repeated_to_size(points, statistical_outliers(points))
-        return {
-            "plain": focused.importance.output,
-            "refocused": focused.output,
-            "refocused, trained": trained.output,
-            "SOR": self.plain(cleaned),
-            "EPiC": votes,
-            "EPiC + refocused": torch.cat([votes, member[:, None]], dim=1),
-        }
+        with undisturbed(self):
+            focused = refocus(self.plain, points, minimum=_FEWEST)
+            trained = refocus(self.subset, points, minimum=_FEWEST)
+            # Its scores of the whole clouds are there already: no second pass for them.
+            kept = kept_mask(importance_order(trained.importance), self.kept)
+            member = run_on(self.subset, points, kept)
+            votes = self.ensemble.votes(points, index).logits
+            cleaned = repeated_to_size(points, statistical_outliers(points))
+            return {
+                "plain": focused.importance.output,
+                "refocused": focused.output,
+                "refocused, trained": trained.output,
+                "SOR": self.plain(cleaned),
+                "EPiC": votes,
+                "EPiC + refocused": torch.cat([votes, member[:, None]], dim=1),
+            }
 
     def save(
         self,

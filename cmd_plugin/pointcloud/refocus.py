@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError
+from cmd_plugin.networks.measuring import undisturbed
 from cmd_plugin.pointcloud._interception import (
     Forward,
     as_it_is,
-    evaluating,
     inner_module,
     scores_of,
 )
@@ -171,7 +171,7 @@ def run_on(model: nn.Module, points: Tensor, kept: Tensor, forward: Forward = as
     network = inner_module(model)
     counts = kept.sum(dim=1)
     rows: list[Tensor | None] = [None] * len(points)
-    with evaluating(network):
+    with undisturbed(network, buffers=False):
         for clouds, subset in _equal_sized(points, kept, counts):
             output = scores_of(forward(network, subset))
             for cloud, row in zip(clouds.tolist(), output, strict=True):

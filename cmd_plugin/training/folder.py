@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.training.evaluation import Score
+from cmd_plugin.networks import Score
 
 __all__ = ["Row", "RunFolder", "write_atomically"]
 

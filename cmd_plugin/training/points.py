@@ -23,6 +23,7 @@ from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.data import make_loader
 from cmd_plugin.errors import InputError, NonFiniteError
 from cmd_plugin.jobs.classifier import OPTIMIZERS, SCHEDULES, Classifier
+from cmd_plugin.networks import Score, evaluate
 from cmd_plugin.pointcloud import PointClouds, build_network
 from cmd_plugin.pointcloud.networks import NETWORKS
 from cmd_plugin.pointcloud.weights import load_weights
@@ -34,7 +35,6 @@ from cmd_plugin.training._environment import (
 )
 from cmd_plugin.training._fitting import fit, prepare_resume
 from cmd_plugin.training._point_options import check_point_options
-from cmd_plugin.training.evaluation import Score, evaluate
 from cmd_plugin.training.folder import Row, RunFolder, write_atomically, write_json
 from cmd_plugin.training.point_data import load_point_data
 from cmd_plugin.training.recorder import Progress, TrainingClock, diverged

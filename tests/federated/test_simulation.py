@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from cmd_plugin.errors import InputError
 from cmd_plugin.federated import FederatedConfig, InProcessGrid, MeteredGrid, simulate
 from cmd_plugin.federated.apps import initial_arrays, make_client_app
-from cmd_plugin.training import build_model, evaluate
+from cmd_plugin.networks import build_model, evaluate
 
 QUICK: dict[str, Any] = {
     "clients": 3,

@@ -14,8 +14,8 @@ from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.data import load_dataset, make_loader
 from cmd_plugin.errors import InputError
 from cmd_plugin.jobs.classifier import Classifier
+from cmd_plugin.networks import Score, evaluate
 from cmd_plugin.runs.process import quiet_lightning
-from cmd_plugin.training.evaluation import Score, evaluate
 
 
 def network() -> nn.Module:

@@ -17,9 +17,8 @@ from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.jobs.compare.averages import WeightAverages
 from cmd_plugin.jobs.compare.files import Row, TrainingFiles
 from cmd_plugin.jobs.fitting import TrainingClock, diverged
-from cmd_plugin.modes.exchange import recalibrated
+from cmd_plugin.networks import Score, evaluate, recalibrated
 from cmd_plugin.runs.files import write_atomically
-from cmd_plugin.training.evaluation import Score, evaluate
 
 __all__ = ["AS_TRAINED", "Recorder"]
 

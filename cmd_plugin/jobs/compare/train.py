@@ -22,12 +22,12 @@ from cmd_plugin.jobs.compare.report import draw_report
 from cmd_plugin.jobs.compare.summary import summarise, summarise_seed
 from cmd_plugin.jobs.fitting import TrainingClock, diverged, finished_epochs, fit, make_trainer
 from cmd_plugin.modes import Decomposition
+from cmd_plugin.networks import build_model
 from cmd_plugin.runs.figures import save_figure
 from cmd_plugin.runs.job import Job
 from cmd_plugin.runs.process import check_accelerator, own_random_state, own_threads
 from cmd_plugin.runs.progress import ReportProgress
 from cmd_plugin.runs.result import Result
-from cmd_plugin.training.models import build_model
 
 __all__ = ["run"]
 

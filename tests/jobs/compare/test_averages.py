@@ -17,8 +17,8 @@ from cmd_plugin.data import load_dataset, make_loader
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.jobs.classifier import Classifier
 from cmd_plugin.jobs.compare.averages import WeightAverages
+from cmd_plugin.networks import build_model
 from cmd_plugin.runs.process import quiet_lightning
-from cmd_plugin.training.models import build_model
 
 EPOCHS = 4
 

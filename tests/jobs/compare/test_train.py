@@ -25,10 +25,9 @@ from cmd_plugin.jobs.compare import train
 from cmd_plugin.jobs.compare.options import TrainOptions
 from cmd_plugin.jobs.compare.train import run
 from cmd_plugin.modes import Decomposition
+from cmd_plugin.networks import build_model, evaluate
 from cmd_plugin.runs.process import quiet_lightning
 from cmd_plugin.runs.progress import Progress
-from cmd_plugin.training.evaluation import evaluate
-from cmd_plugin.training.models import build_model
 
 OPTIONS = TrainOptions(
     train_limit=120, batch_size=40, epochs=6, warmup=3, modes=3, samples=120, seeds=2, ema_decay=0.7

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cmd_plugin.errors import InputError
+from cmd_plugin.networks.measuring import undisturbed
+
 __all__ = ["Score", "evaluate"]
 
 
@@ -19,32 +22,29 @@ class Score(NamedTuple):
     accuracy: float
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
 ) -> Score:
-    """Loss and accuracy of a network, which is left in the modes (training or not) it was in.
-
-    Draws nothing from the global random state as long as `batches` does not.
+    """Loss and accuracy of a network in evaluation mode, which is left exactly as it was.
 
     Args:
         model: Maps images [B, C, H, W] to class scores [B, classes].
         batches: Images and labels int64 [B].
         device: Where the network is.
+
+    Raises:
+        InputError: If there is nothing in the batches.
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     count = 0
-    try:
+    with undisturbed(model):
         for images, labels in batches:
             answers = labels.to(device)
             scores = model(images.to(device))
             loss += cross_entropy(scores, answers, reduction="sum").double()
             correct += (scores.argmax(dim=1) == answers).sum()
             count += len(labels)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    if not count:
+        raise InputError("there is nothing to evaluate on: the batches hold no example.")
     return Score(float(loss) / count, int(correct) / count)

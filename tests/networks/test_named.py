@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.training import SmallConvNet, build_model
+from cmd_plugin.networks import SmallConvNet, build_model
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (1, 28), (3, 32), (1, 4)])

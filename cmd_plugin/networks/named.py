@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from cmd_plugin.errors import InputError
+from cmd_plugin.networks.measuring import undisturbed
 
 __all__ = ["SmallConvNet", "build_model"]
 
-# torchvision networks with a second output during training, which the classifier has no use for.
+# torchvision networks with a second output during training, which nothing here has a use for.
 _WITH_SIDE_OUTPUT = ("googlenet", "inception_v3")
 
 
@@ -62,8 +63,8 @@ def build_model(name: str, channels: int, classes: int, size: tuple[int, int]) -
     problem = _probe(model, channels, classes, size)
     if problem:
         message = (
-            f"model {name!r} does not take {size[1]}x{size[0]} images ({problem}): pass another "
-            "--image-size (for example 32 or 224) or another model."
+            f"model {name!r} does not take {size[1]}x{size[0]} images ({problem}): take another "
+            "image size (--image-size, for example 32 or 224) or another model."
         )
         raise InputError(message)
     return model
@@ -135,15 +136,11 @@ def _replace_first_convolution(model: nn.Module, channels: int) -> None:
 
 def _probe(model: nn.Module, channels: int, classes: int, size: tuple[int, int]) -> str:
     """What goes wrong with two blank images; empty if nothing does. Leaves the model as it was."""
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with undisturbed(model):
             output = model(torch.zeros(2, channels, *size))
     except Exception as error:  # each architecture fails in its own way on images it cannot take
         return " ".join(str(error).split())[:160] or type(error).__name__
-    finally:
-        model.train(training)
     if not isinstance(output, torch.Tensor) or output.shape != (2, classes):
         return "its output is not one number per class"
     return ""

@@ -1,0 +1,51 @@
+"""The ground floor of everything that wraps somebody's network.
+
+Each name is imported when it is first used, so that reading weights loads no model zoo.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmd_plugin.networks.evaluation import Score as Score
+    from cmd_plugin.networks.evaluation import evaluate as evaluate
+    from cmd_plugin.networks.measuring import kept_buffers as kept_buffers
+    from cmd_plugin.networks.measuring import undisturbed as undisturbed
+    from cmd_plugin.networks.named import SmallConvNet as SmallConvNet
+    from cmd_plugin.networks.named import build_model as build_model
+    from cmd_plugin.networks.recalibration import recalibrate as recalibrate
+    from cmd_plugin.networks.recalibration import recalibrated as recalibrated
+
+_MODULES = {
+    "Score": "evaluation",
+    "SmallConvNet": "named",
+    "build_model": "named",
+    "evaluate": "evaluation",
+    "kept_buffers": "measuring",
+    "recalibrate": "recalibration",
+    "recalibrated": "recalibration",
+    "undisturbed": "measuring",
+}
+
+__all__ = [
+    "Score",
+    "SmallConvNet",
+    "build_model",
+    "evaluate",
+    "kept_buffers",
+    "recalibrate",
+    "recalibrated",
+    "undisturbed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
