@@ -6,23 +6,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, PluginError
 from cmd_plugin.kernels import reconstruct
 from cmd_plugin.modes.layout import Layout
+from cmd_plugin.runs.tensors import Schema
 
 __all__ = ["Decomposition"]
 
-SCHEMA = "cmd-plugin/modes/1"
+SCHEMA = Schema("modes", 1, "a decomposition")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Decomposition:
     r"""The result of Correlation Mode Decomposition (Brokman et al., ICLR 2024, Eq. 2).
 
@@ -63,6 +63,19 @@ class Decomposition:
     layer_explained: Tensor | None = None
     epochs: Sequence[int] = ()
     unmodelled: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return a summary of a few lines."""
+        counts = torch.bincount(self.assignment.long(), minlength=max(1, self.number_of_modes))
+        largest = ", ".join(f"{share:.0%}" for share in (counts[:5] / self.numel).tolist())
+        more = ", ..." if self.number_of_modes > 5 else ""
+        first, last = (self.epochs[0], self.epochs[-1]) if len(self.epochs) else ("?", "?")
+        return (
+            f"Decomposition of {self.numel:,} weights in {len(self.layout.names)} tensors over "
+            f"{self.snapshots} snapshots ({first} to {last})\n"
+            f"  {self.number_of_modes} modes with {largest}{more} of the weights\n"
+            f"  explained variance {self.explained_variance():.1%}, {self.nbytes:,} bytes"
+        )
 
     @property
     def numel(self) -> int:
@@ -190,17 +203,19 @@ class Decomposition:
             tensors["layer_total"] = self.layer_total
             tensors["layer_explained"] = self.layer_explained
         tensors.update({f"unmodelled/{name}": t for name, t in self.unmodelled.items()})
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        return tensors
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, with layout and schema version in its metadata."""
-        metadata = {
-            "schema": SCHEMA,
+        """Write a safetensors file, with layout and schema version in its metadata.
+
+        Raises:
+            InputError: If it cannot be written.
+        """
+        about = {
             "layout": self.layout.to_json(),
             "sums": json.dumps([self.total, self.explained]),
         }
-        # A clone separates entries that share memory, which safetensors refuses.
-        save_file({k: v.clone() for k, v in self._tensors().items()}, path, metadata)
+        SCHEMA.save(path, self._tensors(), about)
 
     @classmethod
     def load(cls, path: str | Path) -> Decomposition:
@@ -209,24 +224,12 @@ class Decomposition:
         Raises:
             InputError: If the file is missing, damaged or of another kind.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise InputError(f"{path} does not exist.") from None
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is not a complete safetensors file ({error}).") from error
-        if metadata.get("schema") != SCHEMA:
-            raise InputError(
-                f"{path} is not a decomposition of this version (schema "
-                f"{metadata.get('schema')!r}, expected {SCHEMA!r})."
-            )
+        tensors, about = SCHEMA.load(path)
         prefix = "unmodelled/"
         try:
-            total, explained = json.loads(metadata["sums"])
+            total, explained = (float(value) for value in json.loads(about["sums"]))
             decomposition = cls(
-                layout=Layout.from_json(metadata["layout"]),
+                layout=Layout.from_json(about["layout"]),
                 total=total,
                 explained=explained,
                 epochs=tensors.pop("epochs").tolist(),
@@ -238,24 +241,48 @@ class Decomposition:
                 **tensors,
             )
             decomposition._require_sound()
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(
-                f"{path} is damaged: its parts do not make a decomposition ({error})."
+                f"{path} is damaged: its parts do not make a decomposition ({reason})."
             ) from error
         return decomposition
 
     def _require_sound(self) -> None:
-        """Raise ValueError unless all shapes fit together."""
-        numel, modes = self.numel, self.number_of_modes
-        shapes = {
-            "assignment": (self.assignment, (numel,)),
-            "scale": (self.scale, (numel,)),
-            "mean": (self.mean, (numel,)),
-            "profiles": (self.profiles, (modes, len(self.epochs) or self.snapshots)),
-            "profile_mean": (self.profile_mean, (modes,)),
+        """Raise ValueError unless everything fits together, so that nothing fails later on."""
+        numel, modes, layers = self.numel, self.number_of_modes, len(self.layout.names)
+        state, double = (self.layout.state_dtype,), (torch.float64,)
+        index, count = (torch.int64,), len(self.epochs)
+        expected: dict[str, tuple[Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = {
+            "samples": (self.samples, tuple(self.samples.shape[:1]), index),
+            "references": (self.references, (modes,), index),
+            "assignment": (self.assignment, (numel,), (torch.uint8,)),
+            "scale": (self.scale, (numel,), state),
+            "mean": (self.mean, (numel,), state),
+            "profiles": (self.profiles, (modes, count), double),
+            "profile_mean": (self.profile_mean, (modes,), double),
+            "layer_total": (self.layer_total, (layers,), double),
+            "layer_explained": (self.layer_explained, (layers,), double),
         }
-        for name, (tensor, shape) in shapes.items():
-            if tensor.shape != shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        for name, (tensor, shape, dtypes) in expected.items():
+            if tensor is None:
+                continue
+            if tensor.shape != shape or tensor.dtype not in dtypes:
+                raise ValueError(
+                    f"{name} is {tuple(tensor.shape)} of {tensor.dtype}, expected {shape} of "
+                    f"{dtypes[0]}"
+                )
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} holds NaN or infinite values")
+        for name, indices in (("samples", self.samples), ("references", self.references)):
+            if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < numel:
+                raise ValueError(f"{name} point outside the {numel} weights")
         if int(self.assignment.max()) >= max(1, modes):
             raise ValueError(f"a weight is in mode {int(self.assignment.max())} of {modes}")
+        if not count or (self.layer_total is None) != (self.layer_explained is None):
+            raise ValueError("epochs or sums by layer are missing")
+        if not (isfinite(self.total) and isfinite(self.explained) and self.total >= 0.0):
+            raise ValueError("the sums of squares are not finite")
+        twice = {*self.layout.names, *self.layout.aliases} & set(self.unmodelled)
+        if twice:
+            raise ValueError(f"{min(twice)!r} is modelled and unmodelled at once")

@@ -31,6 +31,7 @@ BUFFER_POLICIES = ("model", "recalibrate", "keep")
 
 # What torch.compile and DistributedDataParallel put in front of a name; the weight is the same one.
 _WRAPPERS = ("_orig_mod.", "module.")
+_DTYPES = {"float64", "float32", "float16", "bfloat16"}
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -162,14 +163,31 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        """Read what :meth:`to_json` wrote."""
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If the text is something else, or its parts do not fit one another.
+        """
         data = json.loads(text)
-        return cls(
-            tuple(data["names"]),
-            tuple(tuple(shape) for shape in data["shapes"]),
-            tuple(data["dtypes"]),
-            data["aliases"],
+        if not isinstance(data, dict):
+            raise ValueError("a layout is a JSON object")
+        names, shapes, dtypes, aliases = (
+            data.get(key) for key in ("names", "shapes", "dtypes", "aliases")
         )
+        sound = (
+            _is_list(names, str)
+            and len(set(names)) == len(names) > 0
+            and _is_list(shapes, list)
+            and all(_is_list(shape, int) and all(n > 0 for n in shape) for shape in shapes)
+            and _is_list(dtypes, str)
+            and set(dtypes) <= _DTYPES
+            and len(names) == len(shapes) == len(dtypes)
+            and isinstance(aliases, dict)
+            and all(name in names and alias not in names for alias, name in aliases.items())
+        )
+        if not sound:
+            raise ValueError("a layout's names, shapes, dtypes and aliases do not fit")
+        return cls(tuple(names), tuple(map(tuple, shapes)), tuple(dtypes), aliases)
 
     @classmethod
     def of_vector(cls, numel: int, dtype: torch.dtype = torch.float32) -> Layout:
@@ -198,6 +216,10 @@ class Layout:
     ) -> Layout:
         """Return the layout of the weights of a model that :func:`named_weights` selects."""
         return cls.of_tensors(*named_weights(model, include, exclude, buffers))
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
 def check_buffers(buffers: str) -> None:

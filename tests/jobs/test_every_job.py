@@ -1,0 +1,183 @@
+"""What every job does alike: one policy for its folder, one way to stop, one way to go on."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cmd_plugin.cli.commands import COMMANDS
+from cmd_plugin.cli.main import run
+from cmd_plugin.runs.folder import RunFolder
+from cmd_plugin.runs.job import Job
+from cmd_plugin.runs.result import Result
+from tests.helpers.jobs import JobCase, published, start
+
+CASES = [
+    JobCase(
+        "train",
+        (
+            *("--train-limit", "120", "--batch-size", "40", "--epochs", "4", "--warmup", "2"),
+            *("--modes", "3", "--samples", "100", "--seeds", "2", "--threads", "1"),
+        ),
+        ("--lr", "0.01"),
+    ),
+]
+IDS = [case.name for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What commands read: four checkpoints, and a cloud with a network for it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.randn(40, generator=draw)
+    for epoch in range(4):
+        weights = weights + torch.randn(40, generator=draw)
+        save_file({"weight": weights.clone()}, folder / f"epoch={epoch}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(
+    inputs: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[JobCase, Path]:
+    """A job that ran undisturbed, in a process of its own; its JSON was pure."""
+    case: JobCase = request.param
+    out = tmp_path_factory.mktemp("finished") / "out"
+    child = start("plain", 0, case.command(inputs, out, "--json"))
+    assert child.returncode == 0, child.stderr
+    assert child.stderr == ""
+    assert json.loads(child.stdout) == json.loads((out / "result.json").read_text("utf-8"))
+    return case, out
+
+
+def cmd_plugin(*arguments: str) -> int:
+    """Run a command in this process; its exit code."""
+    torch.set_num_threads(1)
+    with pytest.raises(SystemExit) as ended:
+        run(arguments)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_every_command_has_a_case() -> None:
+    assert [command.name for command in COMMANDS] == IDS
+
+
+@pytest.mark.parametrize("finished", CASES, ids=IDS, indirect=True)
+def test_its_result_says_all(finished: tuple[JobCase, Path]) -> None:
+    case, out = finished
+    result = Result.load(out / "result.json")
+    assert result.job == case.name
+    assert result.seconds["total"] > 0
+    assert all((out / name).is_file() for name in result.files)
+    present = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert present - {".lock"} == set(result.files)
+    assert not any(path.stat().st_mode & 0o044 == 0 for path in out.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("finished", CASES, ids=IDS, indirect=True)
+def test_a_finished_run_is_given_back_or_refused(
+    finished: tuple[JobCase, Path], inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, out = finished
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert cmd_plugin(*case.command(inputs, out)) == 2
+    assert "a finished run: add --overwrite" in capsys.readouterr().err
+    assert cmd_plugin(*case.command(inputs, out, *case.other, "--resume")) == 2
+    assert "resume with the same options" in capsys.readouterr().err
+    assert cmd_plugin(*case.command(inputs, out, "--resume", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["job"] == case.name
+    assert cmd_plugin(*case.command(inputs, out, "--resume")) == 0
+    shown = capsys.readouterr().out
+    assert "wrote " in shown
+    assert max(map(len, shown.splitlines())) <= 80 + len(str(out))
+    other = RunFolder(out)
+    other._acquire()
+    assert cmd_plugin(*case.command(inputs, out, "--overwrite")) == 2
+    other.close()
+    assert "another process is writing" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("finished", CASES, ids=IDS, indirect=True)
+def test_ctrl_c_leaves_a_run_that_can_go_on(
+    finished: tuple[JobCase, Path],
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case, whole = finished
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "report", interrupt)
+        assert cmd_plugin(*case.command(inputs, tmp_path / "out")) == 130
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"kept in {tmp_path / 'out/unfinished'}; add --resume to go on" in printed.err
+    assert cmd_plugin(*case.command(inputs, tmp_path / "out")) == 2
+    assert "an unfinished run: add --resume" in capsys.readouterr().err
+    assert cmd_plugin(*case.command(inputs, tmp_path / "out", "--resume", "--quiet")) == 0
+    assert published(tmp_path / "out", case) == published(whole, case)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+@pytest.mark.parametrize("finished", CASES, ids=IDS, indirect=True)
+def test_a_killed_run_goes_on_to_the_same_result(
+    finished: tuple[JobCase, Path], inputs: Path, tmp_path: Path
+) -> None:
+    case, whole = finished
+    changes = 10_000 - count_changes(case, inputs, tmp_path / "counted")
+    draw = random.Random(case.name)
+    for number, step in enumerate(sorted(draw.sample(range(changes), 2))):
+        out = tmp_path / f"out{number}"
+        if number:  # a finished run that is being replaced, in the second one
+            shutil.copytree(whole, out)
+        flags = ("--overwrite",) if number else ()
+        child = start("killed", step, case.command(inputs, out, *flags))
+        assert child.returncode == -signal.SIGKILL, child.stderr
+        code = cmd_plugin(*case.command(inputs, out, "--resume", "--quiet"))
+        if code == 2:  # killed before there was a run
+            assert not (out / "unfinished").exists()
+            assert cmd_plugin(*case.command(inputs, out, "--quiet")) == 0
+        assert published(out, case) == published(whole, case), step
+
+
+def count_changes(case: JobCase, inputs: Path, out: Path) -> int:
+    """How many changes of the file system are left of 10,000 after an undisturbed run."""
+    child = start("killed", 10_000, case.command(inputs, out, "--quiet"))
+    assert child.returncode == 0, child.stderr
+    return int(child.stderr.rpartition("left ")[2])
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_place_that_cannot_be_written_is_a_sentence(
+    case: JobCase, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert cmd_plugin(*case.command(inputs, tmp_path / "file")) == 2
+    printed = capsys.readouterr()
+    assert "cannot be written to" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_full_disk_is_a_sentence(case: JobCase, inputs: Path, tmp_path: Path) -> None:
+    child = start("full", 600, case.command(inputs, tmp_path / "out", "--quiet"))
+    assert child.returncode == 2, child.stderr
+    assert "cannot be written" in child.stderr
+    assert child.stderr.count("\n") == 1
+    assert not (tmp_path / "out/result.json").exists()
