@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from cmd_plugin.networks.named import build_model as build_model
     from cmd_plugin.networks.recalibration import recalibrate as recalibrate
     from cmd_plugin.networks.recalibration import recalibrated as recalibrated
+    from cmd_plugin.networks.weights import load_weights as load_weights
+    from cmd_plugin.networks.weights import read_weights as read_weights
 
 _MODULES = {
     "Score": "evaluation",
@@ -24,6 +26,8 @@ _MODULES = {
     "build_model": "named",
     "evaluate": "evaluation",
     "kept_buffers": "measuring",
+    "load_weights": "weights",
+    "read_weights": "weights",
     "recalibrate": "recalibration",
     "recalibrated": "recalibration",
     "undisturbed": "measuring",
@@ -35,6 +39,8 @@ __all__ = [
     "build_model",
     "evaluate",
     "kept_buffers",
+    "load_weights",
+    "read_weights",
     "recalibrate",
     "recalibrated",
     "undisturbed",
