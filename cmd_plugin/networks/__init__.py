@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmd_plugin.networks.checkpoints import find_checkpoints as find_checkpoints
     from cmd_plugin.networks.evaluation import Score as Score
     from cmd_plugin.networks.evaluation import evaluate as evaluate
     from cmd_plugin.networks.measuring import kept_buffers as kept_buffers
@@ -25,6 +26,7 @@ _MODULES = {
     "SmallConvNet": "named",
     "build_model": "named",
     "evaluate": "evaluation",
+    "find_checkpoints": "checkpoints",
     "kept_buffers": "measuring",
     "load_weights": "weights",
     "read_weights": "weights",
@@ -38,6 +40,7 @@ __all__ = [
     "SmallConvNet",
     "build_model",
     "evaluate",
+    "find_checkpoints",
     "kept_buffers",
     "load_weights",
     "read_weights",

@@ -34,7 +34,15 @@ from torch import Tensor, nn
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.networks.names import by_clean_name, clean_name
 
-__all__ = ["INDEX_SUFFIX", "Which", "load_weights", "read_numbers", "read_weights", "shards_of"]
+__all__ = [
+    "INDEX_SUFFIX",
+    "Which",
+    "index_of_shard",
+    "load_weights",
+    "read_numbers",
+    "read_weights",
+    "shards_of",
+]
 
 Which = Literal["shown", "trained"]
 """``"shown"``: the weights to use a network with, averages or modelled ones where a callback put
@@ -45,7 +53,7 @@ INDEX_SUFFIX = ".index.json"
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "net")
 _TRAINED = "current_model_state"
 _DEEPEST = 8  # a file may hold a dictionary that holds itself
-_SHARD = re.compile(r"-\d+-of-(\d+)\.[a-z]+$")
+_SHARD = re.compile(r"(.+)-[0-9]+-of-([0-9]+)(\.[a-z]+)")
 
 
 def read_weights(path: str | Path, which: Which = "shown") -> dict[str, Tensor]:
@@ -150,6 +158,14 @@ def read_numbers(path: Path, names: tuple[str, ...]) -> dict[str, int]:
         return {}
 
 
+def index_of_shard(path: Path) -> Path | None:
+    """The index file that belongs to a shard, by its name; None if it is not one of several."""
+    match = _SHARD.fullmatch(path.name)
+    if match is None or not match[2].lstrip("0") or match[2].lstrip("0") == "1":
+        return None
+    return path.with_name(f"{match[1]}{match[3]}{INDEX_SUFFIX}")
+
+
 def shards_of(path: Path) -> list[Path]:
     """The files that hold a checkpoint's weights: itself, or the shards its index names.
 
@@ -166,11 +182,11 @@ def _read(path: Path) -> Mapping[str, object]:
         raise InputError(f"{path} does not exist: there is no file of this name.")
     if _is_index(path.name):
         return _read_shards(path)
-    match = _SHARD.search(path.name)
-    if match is not None and int(match[1]) > 1:
+    index = index_of_shard(path)
+    if index is not None:
         raise InputError(
-            f"{path} is one of {int(match[1])} files that hold a network together: give the "
-            f"{INDEX_SUFFIX} file that lies beside them."
+            f"{path} is one of several files that hold a network together: give {index.name}, "
+            "which lies beside them."
         )
     return _read_file(path)
 
