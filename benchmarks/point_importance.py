@@ -38,6 +38,7 @@ from benchmarks.point_importance_unusual import (
     measure_unusual,
 )
 from cmd_plugin.errors import require
+from cmd_plugin.networks import load_weights
 from cmd_plugin.pointcloud import (
     CORRUPTIONS,
     DropCurve,
@@ -56,7 +57,6 @@ from cmd_plugin.pointcloud.files import load_voxels, voxel_clouds
 from cmd_plugin.pointcloud.networks import DGCNN, PointNet
 from cmd_plugin.pointcloud.outlier_metrics import ScoreAUROC
 from cmd_plugin.pointcloud.refocus import run_on
-from cmd_plugin.pointcloud.weights import load_weights
 
 CLASSES = {"chair": 8, "monitor": 22}  # their numbers in ModelNet40
 POINTS = 1024

@@ -23,9 +23,9 @@ from cmd_plugin.pointcloud import (
     separation,
     unusual_scores,
 )
+from cmd_plugin.pointcloud.axes import axis_doubt, axis_orders
 from cmd_plugin.pointcloud.files import resampled, voxel_clouds
 from cmd_plugin.pointcloud.outlier_metrics import ScoreAUROC
-from cmd_plugin.pointcloud.weights import axis_doubt, axis_orders
 
 __all__ = ["measure_axes", "measure_roughness", "measure_unusual"]
 

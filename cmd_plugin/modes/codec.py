@@ -10,9 +10,10 @@ import torch
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.kernels import FlatView
-from cmd_plugin.modes.checkpoints import read_checkpoint
 from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.layout import named_weights
+from cmd_plugin.networks.checkpoints import size_on_disk
+from cmd_plugin.networks.weights import read_weights
 
 __all__ = ["CodecReport", "LayerReport", "describe_layers", "measure_codec"]
 
@@ -65,7 +66,7 @@ def measure_codec(
     error = norm = 0.0
     weight_bytes = 0
     for t, file in enumerate(files):
-        tensors = named_weights(read_checkpoint(file)[0])[0]
+        tensors = named_weights(read_weights(file, which="trained"))[0]
         weights = [tensors[name] for name in decomposition.layout.names]
         weight_bytes += sum(w.numel() * w.element_size() for w in weights)
         view = FlatView(weights)
@@ -79,7 +80,7 @@ def measure_codec(
         if progress is not None:
             progress(t + 1, len(files))
     return CodecReport(
-        checkpoint_bytes=sum(file.stat().st_size for file in files),
+        checkpoint_bytes=sum(size_on_disk(file) for file in files),
         weight_bytes=weight_bytes,
         modes_bytes=saved.stat().st_size,
         relative_error=(error / norm) ** 0.5 if norm else 0.0,

@@ -12,7 +12,6 @@ from torch import Tensor
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
 from cmd_plugin.kernels import FlatView, reconstruct
 from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
-from cmd_plugin.modes.checkpoints import find_checkpoints, read_checkpoint
 from cmd_plugin.modes.choice import check_modes, check_profile, choose_modes, moving_rows
 from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.fit import explained_by_layer, fit_modes, sum_of_squares, total_by_layer
@@ -20,6 +19,8 @@ from cmd_plugin.modes.layout import Layout, by_clean_name, check_buffers, named_
 from cmd_plugin.modes.sampling import sample_weights
 from cmd_plugin.modes.source import find_non_finite
 from cmd_plugin.modes.store import TrajectoryStore, check_storage
+from cmd_plugin.networks.checkpoints import find_checkpoints, snapshot_labels
+from cmd_plugin.networks.weights import read_weights
 
 __all__ = ["decompose"]
 
@@ -46,8 +47,10 @@ def decompose(
 
     Args:
         trajectory: A [T, N] floating tensor of flattened weights over T snapshots; or T
-            state_dicts; or T checkpoint files, or a folder of them (Lightning ``.ckpt``, ``.pt``,
-            ``.pth``, ``.bin``, ``.safetensors``; read one at a time, in natural order of names).
+            state_dicts; or T checkpoint files, or the folder of a run (Lightning ``.ckpt``,
+            ``.pt``, ``.pth``, ``.bin``, ``.safetensors``, shards by their index; read one at a
+            time, in the order of :func:`cmd_plugin.networks.find_checkpoints`). Of two sets of
+            weights in a file the trained ones are taken.
         modes: Largest number of modes M, 1..256.
         samples: Number K of weights whose trajectories are clustered.
         seed: Seed of the draw of the samples.
@@ -181,7 +184,7 @@ def _sources(
         return find_checkpoints([trajectory])
     if isinstance(trajectory, Sequence):
         if all(isinstance(item, str | Path) for item in trajectory):
-            return [Path(item) for item in trajectory]  # type: ignore[arg-type]
+            return find_checkpoints(trajectory)  # type: ignore[arg-type]
         if all(isinstance(item, Mapping) for item in trajectory):
             return trajectory  # type: ignore[return-value]
     raise InputError(
@@ -200,12 +203,13 @@ def _read_all(
 ) -> tuple[TrajectoryStore, Layout, list[int], dict[str, Tensor]]:
     """Stream the snapshots into a store: one source is in memory at a time."""
     _require_three(len(sources))
-    epochs: list[int] = []
+    files = [source for source in sources if isinstance(source, Path)]
+    labels = snapshot_labels(files) if files else list(range(len(sources)))
     store: TrajectoryStore | None = None
     layout: Layout | None = None
     unmodelled: dict[str, Tensor] = {}
     for t, source in enumerate(sources):
-        state, epoch, what = _snapshot(source, t)
+        state, what = _snapshot(source, t)
         tensors, aliases = named_weights(state, *selection)
         if layout is None or store is None:
             layout = Layout.of_tensors(tensors, aliases)
@@ -217,7 +221,6 @@ def _read_all(
         view = FlatView(list(tensors.values()), dtype=layout.state_dtype)
         _require_finite(view, layout, what)
         store.append(view, view.gather(store.samples))
-        epochs.append(t if epoch is None else epoch)
         if t == len(sources) - 1:
             unmodelled = {
                 name: value.detach().clone()
@@ -228,16 +231,14 @@ def _read_all(
             progress(t + 1, len(sources))
     if store is None or layout is None:
         raise InputError("there is nothing to decompose.")
-    # Files of one epoch saved twice cannot be told apart by epoch: number them instead.
-    labels = epochs if len(set(epochs)) == len(epochs) else list(range(len(epochs)))
     return store, layout, labels, unmodelled
 
 
-def _snapshot(source: StateDict | Path, t: int) -> tuple[dict[str, Tensor], int | None, str]:
-    """Return the tensors of a source by cleaned name, its epoch if known, and what to call it."""
+def _snapshot(source: StateDict | Path, t: int) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a source by cleaned name, and what to call it."""
     if isinstance(source, Path):
-        return (*read_checkpoint(source), str(source))
-    return by_clean_name(source.items()), None, f"state_dict {t}"
+        return read_weights(source, which="trained"), str(source)
+    return by_clean_name(source.items()), f"state_dict {t}"
 
 
 def _still(

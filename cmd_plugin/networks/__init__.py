@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmd_plugin.networks.checkpoints import find_checkpoints as find_checkpoints
     from cmd_plugin.networks.evaluation import Score as Score
     from cmd_plugin.networks.evaluation import evaluate as evaluate
     from cmd_plugin.networks.measuring import kept_buffers as kept_buffers
@@ -17,13 +18,18 @@ if TYPE_CHECKING:
     from cmd_plugin.networks.named import build_model as build_model
     from cmd_plugin.networks.recalibration import recalibrate as recalibrate
     from cmd_plugin.networks.recalibration import recalibrated as recalibrated
+    from cmd_plugin.networks.weights import load_weights as load_weights
+    from cmd_plugin.networks.weights import read_weights as read_weights
 
 _MODULES = {
     "Score": "evaluation",
     "SmallConvNet": "named",
     "build_model": "named",
     "evaluate": "evaluation",
+    "find_checkpoints": "checkpoints",
     "kept_buffers": "measuring",
+    "load_weights": "weights",
+    "read_weights": "weights",
     "recalibrate": "recalibration",
     "recalibrated": "recalibration",
     "undisturbed": "measuring",
@@ -34,7 +40,10 @@ __all__ = [
     "SmallConvNet",
     "build_model",
     "evaluate",
+    "find_checkpoints",
     "kept_buffers",
+    "load_weights",
+    "read_weights",
     "recalibrate",
     "recalibrated",
     "undisturbed",

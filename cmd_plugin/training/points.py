@@ -23,10 +23,9 @@ from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.data import make_loader
 from cmd_plugin.errors import InputError, NonFiniteError
 from cmd_plugin.jobs.classifier import OPTIMIZERS, SCHEDULES, Classifier
-from cmd_plugin.networks import Score, evaluate
+from cmd_plugin.networks import Score, evaluate, load_weights
 from cmd_plugin.pointcloud import PointClouds, build_network
 from cmd_plugin.pointcloud.networks import NETWORKS
-from cmd_plugin.pointcloud.weights import load_weights
 from cmd_plugin.training._environment import (
     check_accelerator,
     own_random_state,

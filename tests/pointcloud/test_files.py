@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import os
 import struct
 from pathlib import Path
 
@@ -13,12 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-from torch import nn
 
 from cmd_plugin import errors
-from cmd_plugin.errors import InputError, MissingDependency, NonFiniteError, StateMismatch
-from cmd_plugin.pointcloud import build_network
+from cmd_plugin.errors import InputError, MissingDependency, NonFiniteError
 from cmd_plugin.pointcloud._pcd import lzf_unpacked
 from cmd_plugin.pointcloud.files import (
     load_cloud,
@@ -26,13 +22,6 @@ from cmd_plugin.pointcloud.files import (
     load_voxels,
     resampled,
     voxel_clouds,
-)
-from cmd_plugin.pointcloud.weights import (
-    AxisOrder,
-    axis_doubt,
-    axis_orders,
-    load_weights,
-    read_weights,
 )
 
 POINTS = np.array([[0.0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3]], dtype=np.float32)
@@ -308,90 +297,3 @@ def test_voxels_become_clouds_of_their_surface(tmp_path: Path) -> None:
         load_voxels(tmp_path / "flat.npy")
     with pytest.raises(InputError, match="no file"):
         load_voxels(tmp_path / "none.npy")
-
-
-# -- weights --------------------------------------------------------------------------------------
-
-
-def test_weights_load_from_any_usual_wrapping(tmp_path: Path) -> None:
-    network = build_network("dgcnn", 4, width=0.25)
-    state = network.state_dict()
-    torch.save(state, tmp_path / "plain.pt")
-    torch.save({"epoch": 3, "model_state_dict": state}, tmp_path / "nested.pth")
-    torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "wrapped.t7")
-    torch.save(state, tmp_path / "legacy.t7", _use_new_zipfile_serialization=False)
-    save_file({k: v.clone() for k, v in state.items()}, tmp_path / "safe.safetensors")
-    for path in sorted(tmp_path.iterdir()):
-        other = build_network("dgcnn", 4, width=0.25)
-        load_weights(other, path)
-        assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items()), path.name
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (os.mkdir, (self.folder,))
-
-
-def test_pickles_are_refused_and_nothing_in_them_runs(tmp_path: Path) -> None:
-    torch.save({"weights": Evil(str(tmp_path / "made"))}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="no plain weights"):
-        read_weights(tmp_path / "evil.pt")
-    assert not (tmp_path / "made").exists()
-    (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(InputError, match="no plain weights"):
-        read_weights(tmp_path / "text.pt")
-    torch.save({"epoch": 3}, tmp_path / "empty.pt")
-    with pytest.raises(InputError, match="holds no weights"):
-        read_weights(tmp_path / "empty.pt")
-    (tmp_path / "bad.safetensors").write_bytes(b"12345678")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_weights(tmp_path / "bad.safetensors")
-    with pytest.raises(InputError, match="no file"):
-        read_weights(tmp_path / "none.pt")
-
-
-def test_weights_of_another_network_name_the_first_difference(tmp_path: Path) -> None:
-    torch.save(build_network("pointnet", 4, width=0.25).state_dict(), tmp_path / "a.pt")
-    with pytest.raises(StateMismatch, match="another network"):
-        load_weights(build_network("dgcnn", 4, width=0.25), tmp_path / "a.pt")
-    with pytest.raises(StateMismatch, match="number of classes and the width"):
-        load_weights(build_network("pointnet", 5, width=0.25), tmp_path / "a.pt")
-
-
-class Upright(nn.Module):
-    """Answers 1 if the cloud is taller in its second axis than wide in the others."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        extent = x.amax(dim=1) - x.amin(dim=1)
-        tall = extent[:, 1] - torch.maximum(extent[:, 0], extent[:, 2])
-        return torch.stack((-tall, tall), dim=1)
-
-
-def test_the_axis_check_finds_the_order_the_network_was_trained_on() -> None:
-    points = torch.rand(5, 50, 3) * torch.tensor([1.0, 2.0, 5.0])
-    ones = torch.ones(5, dtype=torch.int64)
-    best = axis_orders(Upright(), points, ones)
-    assert best[0].axes in ((0, 2, 1), (1, 2, 0))
-    assert [order.accuracy for order in best] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert axis_orders(Upright(), points)[0].accuracy is None
-    with pytest.raises(InputError):
-        axis_orders(Upright(), points[0])
-
-
-def test_another_order_is_proposed_only_if_it_is_clearly_better() -> None:
-    points = torch.rand(5, 50, 3) * torch.tensor([1.0, 2.0, 5.0])
-    ones = torch.ones(5, dtype=torch.int64)
-    orders = axis_orders(Upright(), points, ones)
-    assert axis_doubt(orders) == orders[0]
-    turned = points[..., list(orders[0].axes)]
-    assert axis_doubt(axis_orders(Upright(), turned, ones)) is None
-    sure, given = AxisOrder((0, 2, 1), None, 0.85), AxisOrder((0, 1, 2), None, 0.8)
-    assert axis_doubt([sure, given]) is None
-    assert axis_doubt([sure, given], margin=0.04) == sure
-    with pytest.raises(InputError, match="lack"):
-        axis_doubt([sure])

@@ -34,7 +34,7 @@ class PointNet(nn.Module):
     """PointNet without T-Nets: a max over independent points, so its critical points are exact.
 
     Layer names are those of learning3d (MIT), whose ModelNet40 weights load as they are; see
-    :func:`cmd_plugin.pointcloud.networks.load_weights`.
+    :func:`cmd_plugin.networks.load_weights`.
 
     Args:
         classes: Number of classes.
