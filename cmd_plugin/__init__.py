@@ -19,8 +19,9 @@ _ROOMS = (
     "federated",
     "kernels",
     "modes",
+    "networks",
     "pointcloud",
-    "training",
+    "runs",
 )
 
 try:

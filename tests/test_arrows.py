@@ -15,7 +15,7 @@ PACKAGE = Path(cmd_plugin.__file__).parent
 # From the ground up. A room may import rooms of lower floors; those of its own floor only where
 # they are named below.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "machine"),
+    ("errors", "machine", "_face"),
     ("kernels",),
     ("runs", "networks", "data"),
     ("modes", "pointcloud", "diffusion", "clip", "distinction"),
