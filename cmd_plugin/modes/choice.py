@@ -63,6 +63,15 @@ class ModeChoice:
     correlation: Tensor | None = None
     labels: Tensor | None = None
 
+    @classmethod
+    def of_references(
+        cls, references: Tensor, correlation: Tensor | None = None, labels: Tensor | None = None
+    ) -> ModeChoice:
+        """Return the modes whose profiles are the reference weights [M] themselves."""
+        count = references.numel()
+        ones = torch.ones(count, dtype=torch.float64)
+        return cls(references, references, torch.arange(count), ones, correlation, labels)
+
     @property
     def modes(self) -> int:
         """Number of modes M."""
@@ -114,16 +123,13 @@ def choose_modes(
     moving = moving_rows(rows, dtype)
     rows, samples = rows[moving], samples[moving]
     if not samples.numel():
-        none = torch.empty(0, dtype=torch.int64)
-        return ModeChoice(none, none, none, torch.empty(0, dtype=torch.float64))
+        return ModeChoice.of_references(samples)
     correlation = correlation_matrix(rows)
     labels = cluster_correlations(correlation, modes)
     chosen = choose_references(correlation, labels)
     references = samples[chosen]
-    count = references.numel()
     if profile == "reference":
-        ones = torch.ones(count, dtype=torch.float64)
-        return ModeChoice(references, references, torch.arange(count), ones, correlation, labels)
+        return ModeChoice.of_references(references, correlation, labels)
     centred = rows - rows.mean(dim=1, keepdim=True)
     leader = centred[chosen][labels]
     sign = torch.where((centred * leader).sum(dim=1) < 0, -1.0, 1.0).double()

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cmd_plugin.errors import PluginError, StateMismatch
+from cmd_plugin.errors import InputError, PluginError, StateMismatch
 from cmd_plugin.kernels import FlatView
-from cmd_plugin.modes.choice import ModeChoice
+from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.embedding import Embedder, check_embedding
 from cmd_plugin.modes.exchange import modelled, normalisations
-from cmd_plugin.modes.fitted import FittedModes
 from cmd_plugin.modes.layout import Layout, check_buffers, find_weights
 from cmd_plugin.modes.sampling import sample_weights
 from cmd_plugin.modes.settings import Embedding, Settings
 from cmd_plugin.modes.source import Source, WeightSource, diverged
+from cmd_plugin.modes.tied import Owned, moved_by
 from cmd_plugin.modes.tracker import Tracker
 from cmd_plugin.modes.warmup import WarmUp
 from cmd_plugin.networks.measuring import kept_buffers
@@ -31,7 +31,7 @@ __all__ = ["OnlineModes"]
 _VERSION = 1
 
 
-class OnlineModes(FittedModes):
+class OnlineModes:
     r"""Correlation Mode Decomposition of a training run while it runs.
 
     The paper's online CMD (Brokman et al., ICLR 2024, section 3.3). Call :meth:`update` once per
@@ -50,8 +50,8 @@ class OnlineModes(FittedModes):
             modes.project()  # embedded weights := scale * reference + offset
             modes.update()
 
-    With ``Embedding(project="step")`` call :meth:`project` after every step of the optimizer, and
-    with ``"tie"`` also :meth:`tie_gradients` before it.
+    With ``Embedding(project="step")`` or ``"pool"`` call :meth:`project` after every step of the
+    optimizer, and with ``"tie"`` also :meth:`tie_gradients` before it.
 
     Args:
         model_or_layout: The model whose weights are followed; or a :class:`Layout`, and then
@@ -62,9 +62,10 @@ class OnlineModes(FittedModes):
         seed: Seed of the draw of the samples.
         storage: Warm-up store, ``"delta-bf16"`` (2 F + 4 bytes a weight) or ``"fp32"``.
         store_device: Where the warm-up store lies; None means with the weights.
-        buffers: BatchNorm's running statistics: ``"model"`` them (the authors' code; variances are
-            kept from going negative), ``"recalibrate"`` them for the modelled weights in
-            :meth:`swap`, or ``"keep"`` those of the raw run.
+        buffers: BatchNorm's running statistics: ``"recalibrate"`` them for the modelled weights,
+            from batches that :meth:`swap` is given; ``"model"`` them (the authors' code; variances
+            are kept from going negative), which can put a good network at chance; or ``"keep"``
+            those of the raw run. Without BatchNorm all three are the same.
         include: Shell-style patterns on parameter names; empty means all.
         exclude: Shell-style patterns on parameter names to leave out.
         profile: What a mode follows: its ``"reference"`` weight (the paper), or the ``"mean"`` of
@@ -77,6 +78,12 @@ class OnlineModes(FittedModes):
         broadcast: In distributed training, a function that returns rank 0's version of a small CPU
             tensor on all ranks, so that all choose and follow the same modes even where local
             buffers differ.
+
+    Attributes:
+        settings: The settings that a saved state must share.
+        layout: The modelled tensors.
+        samples: [K] int64 flat indices of the weights that are clustered.
+        updates: Number of snapshots taken.
 
     Raises:
         InputError: If an argument is out of range or nothing is left to model.
@@ -92,7 +99,7 @@ class OnlineModes(FittedModes):
         seed: int = 0,
         storage: str = "delta-bf16",
         store_device: str | torch.device | None = None,
-        buffers: str = "model",
+        buffers: str = "recalibrate",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         profile: str = "reference",
@@ -106,23 +113,24 @@ class OnlineModes(FittedModes):
         )
         check_buffers(buffers)
         self.buffers = buffers
-        self._model = model_or_layout if isinstance(model_or_layout, nn.Module) else None
-        self.layout = (
-            model_or_layout
-            if isinstance(model_or_layout, Layout)
-            else Layout.of_model(model_or_layout, include, exclude, buffers)
-        )
+        if isinstance(model_or_layout, Layout):
+            self._model, self.layout = None, model_or_layout
+        else:
+            self._model = model_or_layout
+            self.layout = Layout.of_model(model_or_layout, include, exclude, buffers)
         check_embedding(embedding, self.layout)
         self._store_device = store_device
         self._broadcast = broadcast
         self.samples = sample_weights(self.layout.sizes, samples, seed)
         self.updates = 0
-        self._warmup: WarmUp | None = None
-        self._choice: ModeChoice | None = None
+        # One follows the other; where no weight moves, neither is left.
+        self._warmup: WarmUp | None = WarmUp(self.settings, self.layout, self.samples, store_device)
         self._tracker: Tracker | None = None
-        self._embedder: Embedder | None = None
+        self._embedder: Embedder | None = None  # beside the tracker, if weights are embedded
         self._source = WeightSource(self.layout, self._model)
         self._swapped = False
+
+    # -- a run goes on -----------------------------------------------------------------------------
 
     def update(self, source: Source | None = None, label: int | None = None) -> None:
         """Take a snapshot of the weights.
@@ -130,61 +138,50 @@ class OnlineModes(FittedModes):
         Args:
             source: Where the weights are: None for the model given at construction, or a model, a
                 state_dict, or a flat [N] tensor.
-            label: Number of the snapshot in the history, for example the epoch; None counts
-                updates.
+            label: Number of the snapshot in the history, say the epoch; None counts updates.
 
         Raises:
             NonFiniteError: If a weight is NaN or infinite (or so large that its square is); the
                 modes stay as they were, up to rounding.
             StateMismatch: If the source has other tensors than the layout.
-            PluginError: If called inside :meth:`swap`, when the model does not hold its own
-                weights.
+            PluginError: If called inside :meth:`swap`.
         """
         if self._swapped:
             raise PluginError("update() inside swap() would record modelled weights as raw ones.")
-        # State made under inference_mode (Lightning validates in it) could not be changed in place
-        # later.
+        # State made under inference_mode (Lightning validates in it) would be fixed for good.
         with torch.inference_mode(False), torch.no_grad():
             view = self._read(source)
-            number = self.updates if label is None else label
-            if self._tracker is None:
+            number, tracker = self.updates if label is None else label, self._tracker
+            if tracker is None:
                 finite = not view.count_non_finite()
             else:  # in one pass with the update, which takes itself back
-                members = self._members(view, self._tracker.choice.members)
-                finite = self._tracker.update(view, members, number)
+                finite = tracker.update(view, self._values(view, tracker.choice.members), number)
             if not finite:
                 raise diverged(view, self.layout, self.updates)
             self.updates += 1
-            if self._embedder is not None and self._tracker is not None:
-                self._embedder.advance(self._tracker)
-            elif self._choice is None:
-                self._warm_up(view, number)
+            if self._embedder is not None and tracker is not None:
+                self._embedder.advance(tracker)
+            if self._warmup is not None:
+                self._warmup.append(view, self._values(view, self.samples), number)
+                if self._warmup.complete:
+                    self._fit(self._warmup, view.device)
 
-    def _warm_up(self, view: FlatView, label: int) -> None:
-        if self._warmup is None:
-            self._warmup = self._new_warmup(view.device)
-        self._warmup.append(view, self._members(view, self.samples), label)
-        if self._warmup.complete:
-            self._choice, self._tracker = self._warmup.fit(view.device)
-            self._warmup = None
-            if self.settings.embedding is not None and self._tracker is not None:
-                self._embedder = Embedder(self.settings.embedding, self._tracker, self.updates)
-            self._warn_if_few(self._choice.modes)
-
-    def _warn_if_few(self, found: int) -> None:
-        if found < self.settings.modes:
+    def _fit(self, warmup: WarmUp, device: torch.device) -> None:
+        choice, self._tracker = warmup.fit(device)
+        self._warmup = None
+        if self.settings.embedding is not None and self._tracker is not None:
+            given = self.settings.embedding, self._tracker, self.layout, self.updates
+            self._embedder = Embedder(*given)
+        if choice.modes < self.settings.modes:
             warnings.warn(
-                f"only {found} modes were found where {self.settings.modes} were asked for: too "
-                "few of the sampled weights move differently"
-                + ("." if found else "; nothing is modelled."),
-                stacklevel=4,
+                f"only {choice.modes} modes were found where {self.settings.modes} were asked for: "
+                "too few of the sampled weights move differently"
+                + ("." if choice.modes else "; nothing is modelled."),
+                stacklevel=3,
             )
 
-    def _new_warmup(self, device: torch.device | str) -> WarmUp:
-        place = device if self._store_device is None else self._store_device
-        return WarmUp(self.settings, self.numel, self.samples, self.layout.state_dtype, place)
-
-    def _members(self, view: FlatView, indices: Tensor) -> Tensor:
+    def _values(self, view: FlatView, indices: Tensor) -> Tensor:
+        """Return weights that decide something for all: rank 0's in distributed training."""
         values = view.gather(indices)
         return values if self._broadcast is None else self._broadcast(values)
 
@@ -192,9 +189,9 @@ class OnlineModes(FittedModes):
         view = self._source.view(source)
         if self._tracker is not None:
             self._tracker.to(view.device)
-        if self._embedder is not None:
-            self._embedder.to(view.device)
         return view
+
+    # -- embedded weights follow -------------------------------------------------------------------
 
     def project(
         self,
@@ -205,13 +202,16 @@ class OnlineModes(FittedModes):
     ) -> int:
         """Write the embedded weights, in place, from the references' current values.
 
-        All other weights keep their bits. A modelled variance is kept from going negative.
+        All other weights keep their bits. A modelled variance is kept from going negative. With
+        ``Embedding(project="pool")`` the references move first, to the least-squares fit to where
+        they and the weights that follow them are.
 
         Args:
-            source: Where the weights are: None for the model given at construction, or a model, a
-                state_dict, or a flat [N] tensor.
+            source: As for :meth:`update`.
             profile: [M] values of the modes' profiles to use instead of those in ``source``.
-            optimizers: With ``Embedding(slots="zero")``, whose slots of embedded weights to zero.
+            optimizers: Those that have just stepped. Unless ``project="epoch"`` only their
+                parameters are written (and statistics of the same modules): others may be in use.
+                With ``slots="zero"`` their slots of embedded weights are zeroed.
 
         Returns:
             Number of weights written; 0 before the first event.
@@ -224,18 +224,20 @@ class OnlineModes(FittedModes):
         """
         if self._swapped:
             raise PluginError("project() inside swap() would change modelled weights.")
-        embedder = self._embedder
-        if embedder is None or not embedder.count:
+        if self._embedder is None or not self._embedder.tied.count:
             return 0
+        tied, settings, optimizers = self._embedder.tied, self._embedder.settings, [*optimizers]
         with torch.inference_mode(False), torch.no_grad():
             view = self._read(source)
-            choice = self.tracker.choice
-            if profile is None:
-                profile = choice.profile(self._members(view, choice.members))
-            embedder.project(view, self.tracker, profile, self.layout)
-            for optimizer in optimizers if embedder.settings.slots == "zero" else ():
-                embedder.clear_slots(optimizer, self._source.tensors(), self.layout)
-        return embedder.count
+            own = self._owned(optimizers) if settings.project != "epoch" else None
+            if profile is None and settings.project == "pool":
+                profile = tied.pool(view, own)
+            elif profile is None:
+                profile = tied.choice.profile(self._values(view, tied.choice.members))
+            written = tied.project(view, profile, own)
+            for optimizer in optimizers if settings.slots == "zero" else ():
+                tied.clear_slots(optimizer, self._source.tensors())
+        return written
 
     def tie_gradients(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         r"""Apply the chain rule to the embedded weights' gradients, for ``project="tie"``.
@@ -256,24 +258,22 @@ class OnlineModes(FittedModes):
             return
         with torch.no_grad():
             self._read(None)
-            tensors: list[Tensor | None] = list(self._source.tensors())
-            if optimizer is not None:
-                own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-                tensors = [tensor if id(tensor) in own else None for tensor in tensors]
-            self._embedder.tie(tensors, self.layout, self.tracker)
+            own = self._owned([] if optimizer is None else [optimizer])
+            self._embedder.tied.tie_gradients(self._source.tensors(), own)
+
+    def _owned(self, optimizers: Sequence[torch.optim.Optimizer]) -> Owned:
+        return moved_by(optimizers, self.layout, self._source.tensors()) if optimizers else None
+
+    # -- modelled weights --------------------------------------------------------------------------
 
     def reconstruct(self, out: Tensor | None = None) -> Tensor:
-        """Return the modelled weights of the last snapshot.
-
-        They are [N] float32, or float64 for a float64 model.
+        """Return the modelled weights of the last snapshot, [N] float32 (float64 if the model is).
 
         Args:
             out: [N] to fill and return.
         """
         with torch.inference_mode(False), torch.no_grad():
             weights = self.tracker.reconstruct(out)
-            if self._embedder is not None:
-                self._embedder.write(FlatView([weights]), self.tracker)
             for variance in self.layout.variances():
                 weights[variance].clamp_(min=0.0)
             return weights
@@ -290,37 +290,43 @@ class OnlineModes(FittedModes):
 
         Args:
             model: The model to change; None for the one given at construction.
-            recalibrate: Input batches for ``buffers="recalibrate"``.
+            recalibrate: Input batches for ``buffers="recalibrate"``; of a list or tuple the first
+                entry is the input.
 
         Yields:
             Whether the weights are modelled ones: False before the fit, when nothing is changed.
+
+        Raises:
+            InputError: If BatchNorm is to be recalibrated and there are no batches: told before the
+                fit too, not at the end of the warm-up.
         """
         if self._swapped:
             raise PluginError("swap() is already active.")
-        if self._tracker is None:
+        target = self._model if model is None else model
+        if self.buffers == "recalibrate" and recalibrate is None and _has_batch_norm(target):
+            raise InputError(
+                "this network has BatchNorm, whose statistics have to fit the modelled weights: "
+                "give swap() recalibrate=batches (some input batches), or make OnlineModes with "
+                "buffers='keep' (those of the raw run) or buffers='model' (modelled like weights)."
+            )
+        tracker = self._tracker
+        if tracker is None:
             yield False
             return
-        target = self._model if model is None else model
         if target is None:
             raise PluginError("this OnlineModes has no model: give swap() one.")
-        tracker = self._tracker
         with torch.inference_mode(False), torch.no_grad():
             view = self._read(target)
             tensors = find_weights(self.layout, target, "the model")
-        raw = list(tensors.values())
-        with kept_buffers(normalisations(target)), modelled(view, raw, tracker):
+        with kept_buffers(normalisations(target)), modelled(view, [*tensors.values()], tracker):
             self._swapped = True
             try:
                 with torch.no_grad():
-                    if self._embedder is not None:
-                        self._embedder.write(view, tracker)
                     for name in self.layout.names:
                         if name.endswith("running_var"):
                             tensors[name].clamp_(min=0.0)
-                if self.buffers == "recalibrate":
-                    with recalibrated(target, recalibrate):
-                        yield True
-                else:
+                again = self.buffers == "recalibrate"
+                with recalibrated(target, recalibrate) if again else nullcontext():
                     yield True
             finally:
                 self._swapped = False
@@ -328,23 +334,116 @@ class OnlineModes(FittedModes):
     def modelled_state_dict(
         self, *, recalibrate: Iterable[object] | None = None
     ) -> dict[str, Tensor]:
-        """Return a copy of the model's whole state_dict with the modelled weights in it.
-
-        Args:
-            recalibrate: Input batches for ``buffers="recalibrate"``.
-        """
+        """Return a copy of the model's state_dict as it is inside :meth:`swap`."""
         if self._model is None:
             raise PluginError("this OnlineModes has no model whose state_dict could be filled in.")
         _ = self.tracker
         with self.swap(recalibrate=recalibrate):
             return {name: t.detach().clone() for name, t in self._model.state_dict().items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to continue bit for bit.
+    def decomposition(self) -> Decomposition:
+        """Return the run so far; beyond 1024 snapshots every second, fourth ..., and the last."""
+        return self.tracker.decomposition(self.layout, self.samples, self._source.unmodelled())
 
-        It holds tensors on the CPU, numbers, strings, None, lists and dicts only, so that
-        ``torch.load(weights_only=True)`` reads it.
-        """
+    # -- what is known -----------------------------------------------------------------------------
+
+    @property
+    def numel(self) -> int:
+        """Number of modelled weights N."""
+        return self.layout.numel
+
+    @property
+    def ready(self) -> bool:
+        """Whether modes have been fitted, so that there are modelled weights."""
+        return self._tracker is not None
+
+    @property
+    def tracker(self) -> Tracker:
+        """The fitted state; raises PluginError before the fit."""
+        if self._tracker is None:
+            raise PluginError(
+                f"no modes yet: {self.updates} snapshots seen, the fit comes at number "
+                f"{self.settings.warmup + 1}."
+            )
+        return self._tracker
+
+    @property
+    def number_of_modes(self) -> int:
+        """Number of modes found; 0 before the fit."""
+        return 0 if self._tracker is None else self._tracker.choice.modes
+
+    @property
+    def references(self) -> Tensor:
+        """[M] int64 flat index of each mode's reference weight."""
+        return self.tracker.choice.references
+
+    @property
+    def assignment(self) -> Tensor:
+        """[N] uint8 mode of each weight."""
+        return self.tracker.mode
+
+    @property
+    def scale(self) -> Tensor:
+        """[N] slope a of each weight against its mode's profile; a new tensor."""
+        return self.tracker.scale()
+
+    @property
+    def offset(self) -> Tensor:
+        """[N] offset b of each weight; a new tensor."""
+        return self.tracker.offset()
+
+    @property
+    def correlation(self) -> tuple[Tensor, Tensor] | None:
+        """|correlation| [K', K'] of the clustered samples, their modes [K']; None when resumed."""
+        choice = None if self._tracker is None else self._tracker.choice
+        if choice is None or choice.correlation is None or choice.labels is None:
+            return None
+        return choice.correlation, choice.labels
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes held now: the warm-up store, then 9 a weight; 4 more to shrink, 9 to embed."""
+        return sum(held.nbytes for held in (self._warmup, self._tracker) if held is not None)
+
+    @property
+    def embedded(self) -> Tensor:
+        """[N] bool, which weights are embedded; a new tensor."""
+        if self._embedder is None:
+            return torch.zeros(self.numel, dtype=torch.bool)
+        return self._embedder.tied.mask.clone()
+
+    @property
+    def embedded_fraction(self) -> float:
+        """Share of the weights that are embedded now, 0 to 1."""
+        return 0.0 if self._embedder is None else self._embedder.tied.count / self.numel
+
+    @property
+    def saved_percent(self) -> float:
+        """Share of weights embedded after each snapshot, averaged, in %: the paper's saving."""
+        return 0.0 if self._embedder is None else self._embedder.saved_percent
+
+    @property
+    def volume_percent(self) -> float:
+        """Share of values that one synchronisation per snapshot has to send, averaged, in %."""
+        return 100.0 if self._embedder is None else self._embedder.volume_percent
+
+    @property
+    def volume_bytes(self) -> int:
+        """Bytes of one synchronisation per snapshot, one way, with the news of who was embedded."""
+        if self._embedder is None:
+            return self.updates * self.numel * self.layout.state_dtype.itemsize
+        return self._embedder.volume_bytes
+
+    def explained_variance(self) -> float:
+        """Return the share of all movement so far the model explains, at most 1; nan if none."""
+        if self._tracker is None or not self._tracker.total_sum > 0:
+            return float("nan")
+        return min(1.0, self._tracker.explained(self.layout) / self._tracker.total_sum)
+
+    # -- stop and continue -------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is needed to continue bit for bit: ``weights_only=True`` loads it."""
         return {
             "version": _VERSION,
             "config": asdict(self.settings),
@@ -352,7 +451,7 @@ class OnlineModes(FittedModes):
             "dtype": str(self.layout.state_dtype).removeprefix("torch."),
             "samples": self.samples.clone(),
             "updates": self.updates,
-            "still": self._choice is not None and self._tracker is None,
+            "still": self._warmup is None and self._tracker is None,
             "warmup": None if self._warmup is None else self._warmup.state_dict(),
             "tracker": None if self._tracker is None else self._tracker.state_dict(),
             "embedder": None if self._embedder is None else self._embedder.state_dict(),
@@ -367,33 +466,35 @@ class OnlineModes(FittedModes):
         """
         if state.get("version") != _VERSION:
             raise StateMismatch(
-                f"the saved modes have version {state.get('version')!r}, and this package reads "
-                f"version {_VERSION}: start anew or use the package that wrote them."
+                f"the saved modes have version {state.get('version')!r} and this package reads "
+                f"{_VERSION}: start anew or use the package that wrote them."
             )
         self.layout.require_same(Layout.from_json(state["layout"]), "the saved state")
         dtype = str(self.layout.state_dtype).removeprefix("torch.")
-        for key, value in {"dtype": dtype, **asdict(self.settings)}.items():
-            saved = state["dtype"] if key == "dtype" else state["config"].get(key)
-            if saved != value:
-                raise StateMismatch(
-                    f"the saved modes were made with {key}={saved!r}, not {value!r}: use the same "
-                    "value to continue."
-                )
-        with torch.inference_mode(False), torch.no_grad():  # later updates are in place
-            self._restore(state)
+        if state["dtype"] != dtype:
+            raise StateMismatch(
+                f"the saved modes are of {state['dtype']} weights, not {dtype}: use the same dtype."
+            )
+        self.settings.require_same(state["config"])
+        warmup: WarmUp | None = None
+        tracker: Tracker | None = None
+        embedder: Embedder | None = None
+        # All is made new before anything of this object changes; and later updates are in place.
+        with torch.inference_mode(False), torch.no_grad():
+            samples, updates = state["samples"].clone(), int(state["updates"])
+            if state["tracker"] is not None:
+                tracker = Tracker.from_state(state["tracker"])
+            elif not state["still"]:
+                warmup = WarmUp(self.settings, self.layout, samples, self._store_device)
+                warmup.load_state_dict(state["warmup"])
+            embedding, held = self.settings.embedding, state.get("embedder")
+            if embedding is not None and held is not None and tracker is not None:
+                embedder = Embedder.from_state(embedding, held, tracker, self.layout)
+        self._warmup, self._tracker, self._embedder = warmup, tracker, embedder
+        self.samples, self.updates = samples, updates
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self.updates = int(state["updates"])
-        self.samples = state["samples"].clone()
-        self._warmup = self._tracker = self._choice = self._embedder = None
-        if state["still"]:
-            none = torch.empty(0, dtype=torch.int64)
-            self._choice = ModeChoice(none, none, none, torch.empty(0, dtype=torch.float64))
-        if state["warmup"] is not None:
-            self._warmup = self._new_warmup("cpu")
-            self._warmup.load_state_dict(state["warmup"])
-        if state["tracker"] is not None:
-            self._tracker = Tracker.from_state(state["tracker"])
-            self._choice = self._tracker.choice
-        if self.settings.embedding is not None and state.get("embedder") is not None:
-            self._embedder = Embedder.from_state(self.settings.embedding, state["embedder"])
+
+def _has_batch_norm(model: nn.Module | None) -> bool:
+    kind = nn.modules.batchnorm._BatchNorm
+    modules = () if model is None else model.modules()
+    return any(isinstance(module, kind) and module.track_running_stats for module in modules)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from math import isfinite
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from cmd_plugin.errors import InputError
+from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.modes.choice import check_modes, check_profile
 from cmd_plugin.modes.store import check_storage
 
 __all__ = ["Embedding", "Projection", "Settings", "Slots"]
 
-Projection = Literal["epoch", "step", "tie"]
+Projection = Literal["epoch", "step", "tie", "pool"]
 Slots = Literal["leave", "zero"]
 
 
@@ -31,8 +32,10 @@ class Embedding:
             weights (the paper's default).
         project: When embedded weights are written: ``"epoch"`` once before each snapshot (the
             authors' code; in between they train like all others), ``"step"`` after each optimizer
-            step, or ``"tie"`` (beyond the paper): as ``"step"``, and their gradients are handed to
-            the references by the chain rule, so that what is trained are the free weights alone.
+            step, or beyond the paper: ``"tie"`` as ``"step"``, and their gradients are handed to
+            the references by the chain rule, so that what is trained are the free weights alone;
+            ``"pool"`` as ``"step"``, and the references first go where the step has put them and
+            the weights that follow them, in the least squares.
         slots: What becomes of an embedded weight's momentum and other optimizer slots when its
             value is written: ``"leave"`` them (the authors' code) or ``"zero"`` them.
 
@@ -92,3 +95,18 @@ class Settings:
             raise InputError(f"forgetting must lie in (0, 1], got {self.forgetting!r}.")
         check_profile(self.profile)
         check_storage(self.storage)
+        pooled = self.embedding is not None and self.embedding.project == "pool"
+        if pooled and self.profile == "mean":
+            raise InputError(
+                "project='pool' moves the weight that a mode follows, and with profile='mean' there"
+                " is no such weight: use profile='reference'."
+            )
+
+    def require_same(self, saved: Mapping[str, Any]) -> None:
+        """Raise StateMismatch, naming the first one that differs, unless ``saved`` has the same."""
+        for name, value in asdict(self).items():
+            if saved.get(name) != value:
+                raise StateMismatch(
+                    f"the saved modes were made with {name}={saved.get(name)!r}, not {value!r}: "
+                    "use the same value to continue."
+                )

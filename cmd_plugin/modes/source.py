@@ -63,10 +63,20 @@ class WeightSource:
             PluginError: If there is no model.
         """
         if self.model is None:
-            raise PluginError("this OnlineModes has no model whose gradients it could change.")
+            raise PluginError("this OnlineModes has no model whose parameters it could look at.")
         self._of_model(self.model)
         held = [table[key] for table, key in self._slots]
         return [tensor for tensor in held if tensor is not None]
+
+    def unmodelled(self) -> dict[str, Tensor]:
+        """Return copies of the model's other entries on the CPU, by cleaned name."""
+        known = {*self.layout.names, *self.layout.aliases}
+        entries = {} if self.model is None else self.model.state_dict()
+        return {
+            name: tensor.detach().cpu().clone()
+            for raw, tensor in entries.items()
+            if (name := clean_name(raw)) not in known
+        }
 
     def _of_model(self, model: nn.Module) -> FlatView:
         # Walking the modules costs more than an update of a small model: look only whether every

@@ -11,9 +11,12 @@ from torch import Tensor
 from typing_extensions import Required
 
 from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, swap_in, update_affine
+from cmd_plugin.kernels.flat_view import BLOCK
 from cmd_plugin.modes.choice import ModeChoice
+from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.fit import explained_by_layer, sum_in_double, sum_of_squares
 from cmd_plugin.modes.layout import Layout
+from cmd_plugin.modes.tied import TiedWeights
 
 __all__ = ["Evaluation", "Tracker"]
 
@@ -44,6 +47,10 @@ class Tracker:
         shrink: Keep each weight's total sum of squares, to shrink its movement by the squared
             correlation.
         forgetting: Factor by which an update discounts the past.
+
+    Attributes:
+        tied: The weights that follow their mode for good, with coefficients of their own: all that
+            this class says about weights takes these instead of the fitted ones. None for none.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class Tracker:
         self.squares = sum_of_squares(profiles)
         self.unit = self.squares.clone()
         self.forgetting = forgetting
+        self.tied: TiedWeights | None = None
         self._profiles = [column.clone() for column in profiles.T]
         self._labels = list(labels)
         self._stride = 1
@@ -75,7 +83,10 @@ class Tracker:
     @property
     def nbytes(self) -> int:
         """Bytes of the state of the N weights."""
-        arrays = [self.mode, self.slope, self.mean, *([] if self.total is None else [self.total])]
+        arrays = [self.mode, self.slope, self.mean]
+        arrays += [] if self.total is None else [self.total]
+        if self.tied is not None:
+            arrays += [self.tied.scale, self.tied.offset, self.tied.mask]
         return sum(array.numel() * array.element_size() for array in arrays)
 
     @property
@@ -89,6 +100,8 @@ class Tracker:
             array.to(device) for array in (self.mode, self.slope, self.mean)
         )
         self.total = None if self.total is None else self.total.to(device)
+        if self.tied is not None:
+            self.tied.move(self.mode)
 
     def update(self, weights: FlatView, members: Tensor, label: int) -> bool:
         """Take a new snapshot in, unless a weight is not finite.
@@ -178,6 +191,8 @@ class Tracker:
         if self.follows_references:
             at = self.choice.references.to(weights.device)
             weights[at] = self.profile.to(weights.device, weights.dtype)
+        if self.tied is not None:
+            self.tied.write(FlatView([weights]), self.profile)
         return weights
 
     def swap_in(self, weights: FlatView, backup: FlatView) -> None:
@@ -185,6 +200,8 @@ class Tracker:
         swap_in(weights, backup, self.mode, self.slope, self.mean, **self.evaluation())
         if self.follows_references:
             weights.put(self.choice.references, self.profile)
+        if self.tied is not None:
+            self.tied.write(weights, self.profile)
 
     def scale(self, *, shrunk: bool = False) -> Tensor:
         """Return the slopes a [N] of the weights.
@@ -197,7 +214,7 @@ class Tracker:
         scale = reconstruct(self.mode, self.slope, torch.zeros_like(self.mean), **evaluation)
         if self.follows_references:
             scale[self.choice.references.to(scale.device)] = 1.0
-        return scale
+        return scale if self.tied is None else torch.where(self.tied.mask, self.tied.scale, scale)
 
     def offset(self, *, shrunk: bool = False) -> Tensor:
         """Return the offsets b [N] of the weights: mean - a * mean of the profile.
@@ -210,12 +227,66 @@ class Tracker:
         offset = reconstruct(self.mode, self.slope, self.mean, **evaluation)
         if self.follows_references:
             offset[self.choice.references.to(offset.device)] = 0.0
-        return offset
+        return (
+            offset if self.tied is None else torch.where(self.tied.mask, self.tied.offset, offset)
+        )
 
     def explained(self, layout: Layout) -> float:
-        """Return the part of :attr:`total_sum` that the model explains."""
-        parts = explained_by_layer(layout, self.mode, self.slope, self.energy, self.total)
-        return float(parts.sum())
+        r"""Return the part of :attr:`total_sum` that the model explains.
+
+        Tied weights go on being fitted, by :math:`\hat a` and :math:`\bar w`. Their own
+        coefficients leave :math:`(a - \hat a)^2 S + n (a \bar r + b - \bar w)^2` more than that
+        fit.
+        """
+        tied = self.tied if self.tied is not None and self.tied.count else None
+        slope = self.slope if tied is None else self.slope.masked_fill(tied.mask, 0.0)
+        parts = explained_by_layer(layout, self.mode, slope, self.energy, self.total)
+        return float(parts.sum()) + (0.0 if tied is None else self._explained_by(tied))
+
+    def _explained_by(self, tied: TiedWeights) -> float:
+        device = self.mode.device
+        ratio, squares, mean = (
+            table.to(device) for table in (self.slope_per_unit, self.squares, self.profile_mean)
+        )
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for start in range(0, self.mode.numel(), BLOCK):
+            at = tied.mask[start : start + BLOCK].nonzero()[:, 0] + start
+            mode = self.mode[at].long()
+            a, b, centre = (x[at].double() for x in (tied.scale, tied.offset, self.mean))
+            best = self.slope[at].double() * ratio[mode]
+            shift = a * mean[mode] + b - centre
+            total += ((2 * best - a) * a * squares[mode]).sum()
+            total -= self.count * shift.square().sum()
+        return float(total)
+
+    def decomposition(
+        self, layout: Layout, samples: Tensor, unmodelled: Mapping[str, Tensor]
+    ) -> Decomposition:
+        """Return the snapshots remembered as a :class:`Decomposition`.
+
+        Args:
+            layout: Layout of the N weights.
+            samples: [K] int64 flat indices of the weights that were clustered.
+            unmodelled: Entries of the last snapshot that are not modelled, by name.
+        """
+        labels, profiles = self.history()
+        mean = self.mean.clone()
+        if self.tied is not None:  # what coefficients say at the profile's mean
+            self.tied.write(FlatView([mean], dtype=mean.dtype), self.profile_mean)
+        return Decomposition(
+            layout=layout,
+            samples=samples,
+            references=self.choice.references,
+            assignment=self.mode.cpu().clone(),
+            scale=self.scale(shrunk=True).cpu(),
+            mean=mean.cpu(),
+            profiles=profiles,
+            profile_mean=self.profile_mean.clone(),
+            total=self.total_sum,
+            explained=self.explained(layout),
+            epochs=labels,
+            unmodelled=unmodelled,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the whole state, on the CPU."""
@@ -255,6 +326,7 @@ class Tracker:
         tracker.total_sum = float(state["total_sum"])
         tracker.count = float(state["count"])
         tracker.forgetting = float(state["forgetting"])
+        tracker.tied = None
         tracker._profiles = list(state["profiles"].clone())
         tracker._labels = list(state["labels"])
         tracker._stride = int(state["stride"])

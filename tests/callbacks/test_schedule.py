@@ -33,7 +33,7 @@ def test_state_equals_a_loop_written_by_hand(namespace: str) -> None:
 
     twin = make_module(namespace)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
-    modes = OnlineModes(twin, 3, 3, 60, seed=5)
+    modes = OnlineModes(twin, 3, 3, 60, seed=5, buffers=callback.buffers)
     twin.train()
     for epoch in range(6):
         for points, labels in toy_loader():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cmd_plugin.modes import Embedding, Layout, OnlineModes
 from cmd_plugin.modes.layout import find_weights
 
-EMBEDDING_OPTIONS: dict[str, Any] = {"modes": 3, "warmup": 4, "samples": 60}
+EMBEDDING_OPTIONS: dict[str, Any] = {"modes": 3, "warmup": 4, "samples": 60, "buffers": "model"}
 
 
 def generator(seed: int) -> torch.Generator:
@@ -154,7 +154,7 @@ def training(model: nn.Module, modes: OnlineModes | None, epochs: int, start: in
 def fitted(model: nn.Module | None = None, epochs: int = 7, **options: Any) -> OnlineModes:
     """An OnlineModes of a network that has trained beyond its fit."""
     model = Net() if model is None else model
-    settings = {"modes": 3, "warmup": 4, "samples": 60, **options}
+    settings = {"modes": 3, "warmup": 4, "samples": 60, "buffers": "model", **options}
     modes = OnlineModes(model, **settings)
     model.train()
     training(model, modes, epochs)

@@ -146,8 +146,8 @@ def test_references_have_no_drift() -> None:
     modes = follow(rows, **OPTIONS, embedding=Embedding(5, 10))
     embedder = modes._embedder
     assert embedder is not None
-    assert (embedder.scale[modes.references] == 1).all()
-    assert not embedder.offset[modes.references].any()
+    assert (embedder.tied.scale[modes.references] == 1).all()
+    assert not embedder.tied.offset[modes.references].any()
 
 
 @pytest.mark.parametrize("extra", [{}, {"shrink": True}, {"forgetting": 0.9}], ids=str)

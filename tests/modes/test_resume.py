@@ -24,7 +24,7 @@ from torch import nn
 from cmd_plugin.errors import StateMismatch
 from cmd_plugin.modes import Layout, OnlineModes
 
-OPTIONS: dict[str, Any] = {"modes": 3, "warmup": 4, "samples": 60}
+OPTIONS: dict[str, Any] = {"modes": 3, "warmup": 4, "samples": 60, "buffers": "model"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "fp32 store": {"storage": "fp32"},

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cmd_plugin.errors import NonFiniteError, PluginError, ShapeError, StateMismatch
 from cmd_plugin.modes import Layout, OnlineModes, decompose
 
-SETTINGS: dict[str, Any] = {"modes": 3, "warmup": 4, "samples": 60}
+SETTINGS: dict[str, Any] = {"modes": 3, "warmup": 4, "samples": 60, "buffers": "model"}
 
 
 def flat(model: nn.Module, modes: OnlineModes) -> Tensor:
@@ -417,7 +417,7 @@ def test_store_device() -> None:
 
 def test_online_equals_decomposing_the_same_states() -> None:
     net = Net()
-    modes = OnlineModes(net, modes=3, warmup=6, samples=80)
+    modes = OnlineModes(net, modes=3, warmup=6, samples=80, buffers="model")
     optimizer = sgd(net)
     states = []
     for epoch in range(7):

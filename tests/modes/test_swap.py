@@ -144,7 +144,7 @@ def test_gradients_and_optimizer_state_are_left_alone() -> None:
 
 def test_before_the_fit_nothing_happens() -> None:
     net = Net()
-    modes = OnlineModes(net, modes=3, warmup=4)
+    modes = OnlineModes(net, modes=3, warmup=4, buffers="model")
     modes.update()
     raw = snapshot(net)
     with modes.swap() as shown:
@@ -198,7 +198,7 @@ def _raw(net: nn.Module, modes: OnlineModes) -> Tensor:
 
 def test_modelled_variances_are_never_negative() -> None:
     net = Net()
-    modes = OnlineModes(net, modes=1, warmup=4, samples=60)
+    modes = OnlineModes(net, modes=1, warmup=4, samples=60, buffers="model")
     for epoch in range(7):
         with torch.no_grad():
             net.fc.weight += 0.1 * (epoch - 1)

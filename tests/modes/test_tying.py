@@ -173,7 +173,7 @@ def test_tied_training_is_training_of_the_free_weights() -> None:
 
 def test_tie_needs_gradients() -> None:
     with pytest.raises(InputError) as caught:
-        OnlineModes(Net(), embedding=Embedding(project="tie"))
+        OnlineModes(Net(), buffers="model", embedding=Embedding(project="tie"))
     assert_one_sentence(caught.value, "'norm.running_mean'", "buffers='keep'")
     OnlineModes(nn.Linear(3, 3), embedding=Embedding(project="tie"))
 
