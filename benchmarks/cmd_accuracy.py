@@ -134,7 +134,7 @@ def train_once(
     )
     swa = AveragedModel(model, use_buffers=True)
     observers = {
-        name: OnlineModes(model, warmup=case.warmup, seed=seed, **options)
+        name: OnlineModes(model, warmup=case.warmup, seed=seed, **{"buffers": "model", **options})
         for name, options in VARIANTS.items()
     }
     snapshots: list[Tensor] = []

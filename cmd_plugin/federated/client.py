@@ -140,7 +140,7 @@ def _load_residual(context: Context, codec: ModeCodec, received: Received) -> Fl
         return None
     record = context.state.get(_STATE)
     held = record.get(_RESIDUAL) if isinstance(record, ArrayRecord) else None
-    numel, dtype = codec.packing.numel, codec.packing.dtype
+    numel, dtype = codec.plan.numel, codec.packing.dtype
     if held is None or len(held.data) != numel * dtype.itemsize:
         return np.zeros(numel, dtype)
     return np.frombuffer(held.data, dtype).copy()

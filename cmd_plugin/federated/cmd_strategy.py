@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy
 
-from cmd_plugin.errors import PluginError
+from cmd_plugin.errors import InputError, PluginError
 from cmd_plugin.federated.codec import PROJECTIONS
 from cmd_plugin.federated.frame import FLAG_POOL, FLAG_REPLY_DELTA, KIND_DOWN, Frame, Header
 from cmd_plugin.federated.packing import Flat
@@ -82,6 +82,11 @@ class CMDStrategy(FrameStrategy):
     ) -> None:
         super().__init__(inner, include=include, exclude=exclude, statistics=statistics)
         self.embedding = Embedding() if embedding is None else embedding
+        if self.embedding.project not in PROJECTIONS:
+            raise InputError(
+                f"project={self.embedding.project!r} is said here by project='step' and pool=True, "
+                "which also pools what clients send."
+            )
         self.bits = check_bits(bits)
         self.pool = pool
         self._follow = partial(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cmd_plugin.errors import InputError
 from cmd_plugin.federated.frame import (
     FLAG_DELTA,
     FLAG_KEEP,
@@ -18,16 +17,14 @@ from cmd_plugin.federated.frame import (
     FLAG_SPARSE,
     KIND_DOWN,
     KIND_UP,
-    OVERHEAD,
     Frame,
     FrameError,
     Header,
     NeedResync,
     Sections,
 )
-from cmd_plugin.federated.packing import Arrays, Flat, Packing
+from cmd_plugin.federated.packing import Arrays, Flat, Packing, pack_arrays, unpack_arrays
 from cmd_plugin.federated.plan import Plan
-from cmd_plugin.federated.quantise import REFERENCE_BITS, check_bits, quantised_bytes
 from cmd_plugin.federated.values import (
     Known,
     Received,
@@ -35,11 +32,10 @@ from cmd_plugin.federated.values import (
     encode_values,
     free_positions,
 )
-from cmd_plugin.modes.settings import Projection
 
 __all__ = ["PROJECTIONS", "ModeCodec"]
 
-PROJECTIONS = get_args(Projection)
+PROJECTIONS = ("epoch", "step", "tie")
 """What clients do with embedded weights while they train; see :class:`CMDStrategy`."""
 
 Bools = npt.NDArray[np.bool_]
@@ -56,7 +52,7 @@ class ModeCodec:
     :meth:`Plan.embed`; a client's is a cache that :meth:`receive` brings up to date.
 
     Args:
-        packing: Which arrays there are and which are modelled; see :meth:`of`.
+        packing: Which arrays there are and which are modelled; see :meth:`Packing.of`.
 
     Attributes:
         packing: As given.
@@ -68,67 +64,15 @@ class ModeCodec:
 
     def __init__(self, packing: Packing) -> None:
         self.packing = packing
-        self.plan = Plan(packing.numel)
+        self.plan = Plan(packing.layout.numel)
         self.values: Flat | None = None
         self.values_identity = 0
         self.statistics: dict[str, npt.NDArray[Any]] = {}
-
-    @classmethod
-    def of(
-        cls,
-        arrays: Arrays,
-        *,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        statistics: str = "average",
-    ) -> ModeCodec:
-        """Return the codec of a model's arrays; see :meth:`Packing.of` for the arguments."""
-        return cls(Packing.of(arrays, include=include, exclude=exclude, statistics=statistics))
 
     @property
     def known(self) -> Known:
         """What this end holds."""
         return Known(self.packing.identity, self.plan.identity, self.values_identity)
-
-    def squeeze(self, flat: Flat) -> Flat:
-        """Return the free values ``[N - |E|]`` of a flat vector [N].
-
-        Averaging squeezed vectors and expanding is averaging expanded ones, because weights of an
-        average sum to one; a secure sum may therefore run on these.
-        """
-        return flat[self.plan.free]
-
-    def expand(self, squeezed: Flat) -> Flat:
-        """Return the flat vector [N] of free values ``[N - |E|]``, the others on their curves."""
-        flat = np.zeros(self.packing.numel, self.packing.dtype)
-        flat[self.plan.free] = squeezed
-        return self.plan.expand(flat)
-
-    def frame_bytes(self, bits: int | None = None, *, since: int | None = None) -> int:
-        """Return the exact length of a frame that carries every free weight.
-
-        Args:
-            bits: 8 or 4 to quantise.
-            since: Identity of the plan a receiver on the way down knows; None for one that knows
-                nothing and gets layout and plan, or the current plan's for a compact frame.
-        """
-        free = self.packing.numel - len(self.plan.members)
-        width = self.packing.dtype.itemsize
-        depth = check_bits(bits)
-        length = OVERHEAD
-        if depth:
-            fine = len(self.plan.references)
-            length += sum(quantised_bytes(free - fine, depth))
-            length += sum(quantised_bytes(fine, REFERENCE_BITS))
-        else:
-            length += width * free
-        length += sum(e.nbytes for e in self.packing.raw_entries(with_local=since is None))
-        if since is None:
-            length += len(self.packing.to_json())
-        increments = self.plan.since(since or 0)
-        if increments is None:
-            raise InputError(f"plan {since:016x} is no earlier state of this one.")
-        return length + len(increments)
 
     # -- down: server to client -------------------------------------------------------------------
 
@@ -193,7 +137,7 @@ class ModeCodec:
                 references=encoded.references,
                 scales=encoded.scales,
                 values=encoded.values,
-                raw=self.packing.pack_raw(raw, with_local=full),
+                raw=pack_arrays(self.packing.raw if full else self.packing.shared, raw),
             ),
         )
 
@@ -232,26 +176,26 @@ class ModeCodec:
         frozen = codec._frozen(sections.frozen)
         free = codec.plan.free if full else free_positions(codec.plan, frozen)
         base = codec.values if header.base else None
-        flat = decode_values(frame, free, codec.plan, base, codec.packing.dtype)
-        raw = codec.packing.unpack_raw(sections.raw, with_local=full)
-        for entry in codec.packing.raw_entries(with_local=True):
-            if entry.local:
-                if entry.name in codec.statistics:
-                    raw[entry.name] = codec.statistics[entry.name]
-                elif entry.name not in raw:
-                    raise NeedResync(repr(entry.name), "it is not known here, resend.")
-        codec.packing.refuse_non_finite(flat, raw)
+        packing = codec.packing
+        flat = decode_values(frame, free, codec.plan, base, packing.dtype)
+        raw = unpack_arrays(packing.raw if full else packing.shared, sections.raw)
+        raw.update(codec.statistics)
+        for name in packing.statistics.names:
+            if name not in raw:
+                raise NeedResync(repr(name), "it is not known here, resend.")
+        packing.refuse_non_finite(flat, raw)
         keep = bool(header.flags & FLAG_KEEP)
         codec.values, codec.values_identity = (flat, header.result) if keep else (None, 0)
-        arrays = codec.packing.unflatten(flat, raw)
+        arrays = packing.unflatten(flat, raw)
         return codec, Received(header, arrays, flat, free_positions(codec.plan, frozen))
 
     def _frozen(self, bitmap: bytes) -> Bools | None:
         if not bitmap:
             return None
-        if len(bitmap) != -(-self.packing.numel // 8):
-            raise FrameError("frozen", f"the bitmap does not fit {self.packing.numel} weights.")
-        bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), count=self.packing.numel)
+        numel = self.plan.numel
+        if len(bitmap) != -(-numel // 8):
+            raise FrameError("frozen", f"the bitmap does not fit {numel} weights.")
+        bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), count=numel)
         return bits.astype(bool)
 
     # -- up: client to server ---------------------------------------------------------------------
@@ -278,11 +222,10 @@ class ModeCodec:
         self.packing.check(arrays)
         asked = received.header
         flat = self.packing.flatten(arrays)
-        raw = {e.name: arrays[e.name] for e in self.packing.raw_entries(with_local=True)}
-        self.packing.refuse_non_finite(flat, raw)
-        self.statistics = {
-            e.name: np.array(arrays[e.name]) for e in self.packing.entries if e.local
-        }
+        self.packing.refuse_non_finite(
+            flat, {name: arrays[name] for name in self.packing.raw.names}
+        )
+        self.statistics = {name: np.array(arrays[name]) for name in self.packing.statistics.names}
         if asked.flags & FLAG_POOL:
             self.plan.pool(flat, received.flat)
         delta = bool(asked.flags & FLAG_REPLY_DELTA)
@@ -313,7 +256,7 @@ class ModeCodec:
                 references=encoded.references,
                 scales=encoded.scales,
                 values=encoded.values,
-                raw=self.packing.pack_raw(arrays, with_local=False),
+                raw=pack_arrays(self.packing.shared, arrays),
             ),
         )
         if residual is not None:
@@ -363,11 +306,9 @@ class ModeCodec:
             raise FrameError("encoding", "the reply is not encoded as it was asked for.")
         free = free_positions(self.plan, frozen)
         flat = decode_values(frame, free, self.plan, base, self.packing.dtype)
-        others = self.packing.unpack_raw(frame.sections.raw, with_local=False)
+        others = unpack_arrays(self.packing.shared, frame.sections.raw)
         self.packing.refuse_non_finite(flat, others)
-        for entry in self.packing.raw_entries(with_local=True):
-            others.setdefault(entry.name, raw[entry.name])
-        return self.packing.unflatten(flat, others)
+        return self.packing.unflatten(flat, {**raw, **others})
 
     # -- memory -----------------------------------------------------------------------------------
 
@@ -376,10 +317,8 @@ class ModeCodec:
         parts = {"layout": self.packing.to_json(), "plan": self.plan.to_bytes()}
         if self.values is not None:
             parts["values"] = self.values_identity.to_bytes(8, "little") + self.values.tobytes()
-        for name, array in self.statistics.items():
-            entry = next(e for e in self.packing.entries if e.name == name)
-            kind = np.dtype(entry.dtype).newbyteorder("<")
-            parts[f"statistics/{name}"] = array.astype(kind).tobytes()
+        if self.statistics:
+            parts["statistics"] = pack_arrays(self.packing.statistics, self.statistics)
         return parts
 
     @classmethod
@@ -390,10 +329,6 @@ class ModeCodec:
         if "values" in parts:
             codec.values_identity = int.from_bytes(parts["values"][:8], "little")
             codec.values = np.frombuffer(parts["values"][8:], codec.packing.dtype).copy()
-        for entry in codec.packing.entries:
-            data = parts.get(f"statistics/{entry.name}")
-            if data is not None:
-                kind = np.dtype(entry.dtype)
-                flat = np.frombuffer(data, kind.newbyteorder("<")).astype(kind)
-                codec.statistics[entry.name] = flat.reshape(entry.shape)
+        if "statistics" in parts:
+            codec.statistics = unpack_arrays(codec.packing.statistics, parts["statistics"])
         return codec

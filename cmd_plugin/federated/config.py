@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from typing import Any
 
 from cmd_plugin.errors import InputError
+from cmd_plugin.federated.codec import PROJECTIONS
 from cmd_plugin.federated.partition import parse_partition
 from cmd_plugin.federated.quantise import BITS
-from cmd_plugin.modes.settings import Projection
 
 __all__ = ["METHODS", "FederatedConfig"]
 
@@ -101,7 +101,7 @@ class FederatedConfig:
         for name, choices in (
             ("method", METHODS),
             ("engine", ENGINES),
-            ("project", get_args(Projection)),
+            ("project", PROJECTIONS),
         ):
             value = getattr(self, name)
             self._require(name, f"one of {', '.join(choices)}", value in choices)

@@ -1,4 +1,4 @@
-"""Named arrays of a model as one flat vector of modelled weights and the rest as it is."""
+"""How named arrays of a model travel: modelled ones as a flat vector, the others as they are."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.federated.frame import FrameError
 from cmd_plugin.modes import Layout
 
-__all__ = ["STATISTICS", "Arrays", "Entry", "Flat", "Packing", "check_statistics"]
+__all__ = [
+    "STATISTICS",
+    "Arrays",
+    "Flat",
+    "Packing",
+    "check_statistics",
+    "pack_arrays",
+    "unpack_arrays",
+]
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Flat = npt.NDArray[np.floating]
@@ -34,27 +42,6 @@ def check_statistics(policy: str) -> None:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One array: its name, shape and dtype, and how it travels."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    modelled: bool
-    local: bool
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values."""
-        return self.size * np.dtype(self.dtype).itemsize
-
-
-@dataclass(frozen=True)
 class Packing:
     """Which arrays are modelled (they make the flat vector [N]), and which travel as they are.
 
@@ -63,10 +50,14 @@ class Packing:
     neither are integers and half-precision arrays: these travel as they are.
 
     Attributes:
-        entries: All arrays in their order.
+        arrays: Names, shapes and dtypes of all arrays, in their order.
+        modelled: Names of those that are modelled.
+        kept: Names of the statistics that stay with each client.
     """
 
-    entries: tuple[Entry, ...]
+    arrays: Layout
+    modelled: frozenset[str]
+    kept: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -92,44 +83,52 @@ class Packing:
         check_statistics(statistics)
         kinds = {a.dtype for a in arrays.values() if a.dtype in (np.float32, np.float64)}
         main = np.dtype(np.float32 if np.dtype(np.float32) in kinds else np.float64)
-        entries = []
-        for name, array in arrays.items():
-            statistic = name.rsplit(".", 1)[-1] in _STATISTIC_NAMES
+        running = {name for name in arrays if name.rsplit(".", 1)[-1] in _STATISTIC_NAMES}
+
+        def wanted(name: str) -> bool:
             chosen = not include or any(fnmatchcase(name, pattern) for pattern in include)
-            chosen = chosen and not any(fnmatchcase(name, pattern) for pattern in exclude)
-            modelled = chosen and array.dtype == main and array.size > 0 and not statistic
-            local = statistic and statistics == "local"
-            entries.append(Entry(name, tuple(array.shape), str(array.dtype), modelled, local))
-        packing = cls(tuple(entries))
-        if not packing.modelled:
+            return chosen and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+        modelled = frozenset(
+            name
+            for name, array in arrays.items()
+            if array.dtype == main and array.size and name not in running and wanted(name)
+        )
+        if not modelled:
             raise InputError(
                 "no float32 or float64 array is left to model: widen include and exclude."
             )
-        return packing
+        layout = Layout(
+            tuple(arrays),
+            tuple(tuple(array.shape) for array in arrays.values()),
+            tuple(str(array.dtype) for array in arrays.values()),
+        )
+        return cls(layout, modelled, frozenset(running if statistics == "local" else ()))
 
     @cached_property
-    def modelled(self) -> tuple[Entry, ...]:
-        """The arrays that make the flat vector."""
-        return tuple(entry for entry in self.entries if entry.modelled)
+    def layout(self) -> Layout:
+        """The modelled arrays: where each lies in the flat vector."""
+        return self.arrays.select(self.modelled)
 
     @cached_property
-    def numel(self) -> int:
-        """Number of modelled weights N."""
-        return sum(entry.size for entry in self.modelled)
+    def raw(self) -> Layout:
+        """The other arrays."""
+        return self.arrays.select({*self.arrays.names} - self.modelled)
+
+    @cached_property
+    def statistics(self) -> Layout:
+        """Those among them that stay with each client."""
+        return self.arrays.select(self.kept)
+
+    @cached_property
+    def shared(self) -> Layout:
+        """Those among them that every message holds."""
+        return self.raw.select({*self.raw.names} - self.kept)
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the flat vector, little-endian."""
-        return np.dtype(self.modelled[0].dtype).newbyteorder("<")
-
-    @cached_property
-    def layout(self) -> Layout:
-        """The modelled arrays as a layout of :mod:`cmd_plugin.modes`."""
-        return Layout(
-            tuple(entry.name for entry in self.modelled),
-            tuple(entry.shape for entry in self.modelled),
-            tuple(entry.dtype for entry in self.modelled),
-        )
+        return np.dtype(self.layout.dtypes[0]).newbyteorder("<")
 
     @cached_property
     def identity(self) -> int:
@@ -138,7 +137,10 @@ class Packing:
 
     def to_json(self) -> bytes:
         """Return the packing as JSON; :meth:`from_json` reads it."""
-        rows = [[e.name, e.shape, e.dtype, int(e.modelled), int(e.local)] for e in self.entries]
+        rows = [
+            [name, shape, dtype, int(name in self.modelled), int(name in self.kept)]
+            for name, shape, dtype in _rows(self.arrays)
+        ]
         return json.dumps(rows, separators=(",", ":")).encode()
 
     @classmethod
@@ -149,20 +151,20 @@ class Packing:
             FrameError: If it is something else.
         """
         try:
-            rows = json.loads(text)
-            entries = tuple(
-                Entry(str(name), tuple(map(int, shape)), np.dtype(dtype).name, bool(m), bool(l))
-                for name, shape, dtype, m, l in rows
-            )
+            rows = [
+                (str(name), tuple(map(int, shape)), np.dtype(dtype).name, bool(m), bool(k))
+                for name, shape, dtype, m, k in json.loads(text)
+            ]
         except (ValueError, TypeError) as error:
             raise FrameError("layout", f"it cannot be read ({error}).") from error
-        if not any(entry.modelled for entry in entries):
+        modelled = frozenset(name for name, _, _, m, _ in rows if m)
+        if not modelled:
             raise FrameError("layout", "it models nothing.")
-        return cls(entries)
-
-    def raw_entries(self, *, with_local: bool) -> list[Entry]:
-        """Return the arrays that travel as they are."""
-        return [e for e in self.entries if not e.modelled and (with_local or not e.local)]
+        names, shapes, dtypes, _, _ = zip(*rows, strict=True)
+        if len({*names}) != len(names):
+            raise FrameError("layout", "a name is there twice.")
+        kept = frozenset(name for name, _, _, m, k in rows if k and not m)
+        return cls(Layout(names, shapes, dtypes), modelled, kept)
 
     def check(self, arrays: Arrays) -> None:
         """Refuse arrays of other names, order, shapes or dtypes.
@@ -170,84 +172,73 @@ class Packing:
         Raises:
             FrameError: Naming the first difference.
         """
-        for entry in self.entries:
-            if entry.name not in arrays:
-                raise FrameError(repr(entry.name), "it is missing.")
-            array = arrays[entry.name]
-            if tuple(array.shape) != entry.shape:
-                raise FrameError(
-                    repr(entry.name), f"shape {tuple(array.shape)}, expected {entry.shape}."
-                )
-            if str(array.dtype) != entry.dtype:
-                raise FrameError(repr(entry.name), f"dtype {array.dtype}, expected {entry.dtype}.")
-        names = [entry.name for entry in self.entries]
+        for name, shape, dtype in _rows(self.arrays):
+            if name not in arrays:
+                raise FrameError(repr(name), "it is missing.")
+            array = arrays[name]
+            if tuple(array.shape) != shape:
+                raise FrameError(repr(name), f"shape {tuple(array.shape)}, expected {shape}.")
+            if str(array.dtype) != dtype:
+                raise FrameError(repr(name), f"dtype {array.dtype}, expected {dtype}.")
         for position, name in enumerate(arrays):
-            if name not in names:
+            if name not in self.arrays.names:
                 raise FrameError(repr(name), "it is not part of the model.")
-            if name != names[position]:
+            if name != self.arrays.names[position]:
                 raise FrameError(repr(name), "the tensors come in another order.")
 
     def flatten(self, arrays: Arrays) -> Flat:
         """Return the modelled weights [N] of named arrays; a new vector."""
-        parts = [np.asarray(arrays[entry.name]).reshape(-1) for entry in self.modelled]
+        parts = [np.asarray(arrays[name]).reshape(-1) for name in self.layout.names]
         return np.concatenate(parts).astype(self.dtype, copy=False)
-
-    def pack_raw(self, arrays: Arrays, *, with_local: bool) -> bytes:
-        """Return the bytes of the arrays that are not modelled."""
-        chosen = self.raw_entries(with_local=with_local)
-        return b"".join(
-            np.ascontiguousarray(
-                arrays[e.name], dtype=np.dtype(e.dtype).newbyteorder("<")
-            ).tobytes()
-            for e in chosen
-        )
-
-    def unpack_raw(self, data: bytes, *, with_local: bool) -> dict[str, npt.NDArray[Any]]:
-        """Read what :meth:`pack_raw` wrote.
-
-        Raises:
-            FrameError: If the number of bytes differs.
-        """
-        chosen = self.raw_entries(with_local=with_local)
-        expected = sum(entry.nbytes for entry in chosen)
-        if len(data) != expected:
-            raise FrameError("raw", f"expected {expected} bytes, got {len(data)}.")
-        found, at = {}, 0
-        for entry in chosen:
-            kind = np.dtype(entry.dtype)
-            flat = np.frombuffer(data, kind.newbyteorder("<"), count=entry.size, offset=at)
-            found[entry.name] = flat.astype(kind).reshape(entry.shape)
-            at += entry.nbytes
-        return found
 
     def unflatten(self, flat: Flat, raw: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Return named arrays, in their order, of a flat vector [N] and the others."""
-        arrays: dict[str, npt.NDArray[Any]] = {}
-        at = 0
-        for entry in self.entries:
-            if entry.modelled:
-                part = flat[at : at + entry.size].astype(entry.dtype)
-                arrays[entry.name] = part.reshape(entry.shape)
-                at += entry.size
-            else:
-                arrays[entry.name] = raw[entry.name]
-        return arrays
+        modelled = self._split(flat.astype(self.dtype))
+        return {
+            name: modelled[name] if name in modelled else raw[name] for name in self.arrays.names
+        }
+
+    def _split(self, flat: Flat) -> dict[str, npt.NDArray[Any]]:
+        parts = self.layout.split(torch.from_numpy(flat))
+        return {name: part.numpy() for name, part in parts.items()}
 
     def refuse_non_finite(self, flat: Flat, raw: Arrays) -> None:
         """Raise FrameError, naming the tensor and the count, if a value is NaN or infinite."""
-        if not np.isfinite(flat.sum(dtype=np.float64)):
-            at = 0
-            for entry in self.modelled:
-                bad = int((~np.isfinite(flat[at : at + entry.size])).sum())
-                if bad:
-                    raise FrameError(
-                        repr(entry.name), f"{bad} of {entry.size} values are NaN or infinite."
-                    )
-                at += entry.size
-        for name, array in raw.items():
+        modelled = {} if np.isfinite(flat.sum(dtype=np.float64)) else self._split(flat)
+        for name, array in {**modelled, **raw}.items():
             if np.issubdtype(array.dtype, np.floating):
                 bad = int((~np.isfinite(array)).sum())
                 if bad:
                     raise FrameError(
                         repr(name), f"{bad} of {array.size} values are NaN or infinite."
                     )
+
+
+def _rows(layout: Layout) -> list[tuple[str, tuple[int, ...], str]]:
+    return list(zip(layout.names, layout.shapes, layout.dtypes, strict=True))
+
+
+def pack_arrays(layout: Layout, arrays: Arrays) -> bytes:
+    """Return the bytes of the arrays of a layout, in its order, as they are."""
+    return b"".join(
+        np.ascontiguousarray(arrays[name], dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
+        for name, _, dtype in _rows(layout)
+    )
+
+
+def unpack_arrays(layout: Layout, data: bytes) -> dict[str, npt.NDArray[Any]]:
+    """Read what :func:`pack_arrays` wrote.
+
+    Raises:
+        FrameError: If the number of bytes differs.
+    """
+    kinds = [np.dtype(dtype) for dtype in layout.dtypes]
+    expected = sum(size * kind.itemsize for size, kind in zip(layout.sizes, kinds, strict=True))
+    if len(data) != expected:
+        raise FrameError("raw", f"expected {expected} bytes, got {len(data)}.")
+    found, at = {}, 0
+    for (name, shape, _), size, kind in zip(_rows(layout), layout.sizes, kinds, strict=True):
+        flat = np.frombuffer(data, kind.newbyteorder("<"), count=size, offset=at)
+        found[name] = flat.astype(kind).reshape(shape)
+        at += flat.nbytes
+    return found

@@ -1,4 +1,4 @@
-"""The plan of embedded weights: which they are, which reference each follows, and how.
+"""The plan of embedded weights as it is sent: which they are, what each follows, and how.
 
 A plan only grows. Every embedding event adds an *increment*; the identity of a plan is a hash chain
 over its increments, so that a receiver that holds an earlier plan is sent only what it lacks.
@@ -12,9 +12,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cmd_plugin.federated.frame import FrameError, NeedResync
 from cmd_plugin.federated.packing import Flat
+from cmd_plugin.kernels import FlatView
+from cmd_plugin.modes import Layout
+from cmd_plugin.modes.choice import ModeChoice
+from cmd_plugin.modes.tied import TiedWeights
 
 __all__ = ["Plan"]
 
@@ -35,29 +40,60 @@ class Plan:
         numel: Number of modelled weights N.
 
     Attributes:
-        references: [M] int64 flat positions; never embedded.
-        members: ``[|E|]`` int64 ascending flat positions of the embedded weights.
-        mode: ``[|E|]`` uint8 reference each member follows.
-        scale: ``[|E|]`` float64 slopes a, rounded to what is sent.
-        offset: ``[|E|]`` float64 offsets b, rounded to what is sent.
+        numel: As given.
+        tied: The set itself, in float64; coefficients are what is sent. None while it is empty.
+        embedded: [N] bool, its mask as an array.
         identity: 64-bit identity; 0 while nothing is embedded.
     """
 
     def __init__(self, numel: int) -> None:
         self.numel = numel
-        self.references: Indices = np.empty(0, dtype=np.int64)
+        self.tied: TiedWeights | None = None
         self.embedded = np.zeros(numel, dtype=bool)
-        self.members: Indices = np.empty(0, dtype=np.int64)
-        self.mode = np.empty(0, dtype=np.uint8)
-        self.scale = np.empty(0, dtype=np.float64)
-        self.offset = np.empty(0, dtype=np.float64)
         self.identity = 0
         self._chain: list[tuple[int, bytes]] = []
 
     @property
+    def count(self) -> int:
+        """Number of embedded weights, ``|E|``."""
+        return 0 if self.tied is None else self.tied.count
+
+    @property
     def fraction(self) -> float:
         """Share of embedded weights, ``|E| / N``."""
-        return len(self.members) / self.numel
+        return self.count / self.numel
+
+    @property
+    def references(self) -> Indices:
+        """[M] int64 flat positions of the references; never embedded."""
+        none = np.empty(0, dtype=np.int64)
+        return none if self.tied is None else self.tied.choice.references.numpy()
+
+    @property
+    def members(self) -> Indices:
+        """``[|E|]`` int64 ascending flat positions of the embedded weights."""
+        return np.flatnonzero(self.embedded)
+
+    @property
+    def mode(self) -> npt.NDArray[np.uint8]:
+        """``[|E|]`` uint8 reference each member follows."""
+        return self._held("mode", np.uint8)
+
+    @property
+    def scale(self) -> npt.NDArray[np.float64]:
+        """``[|E|]`` float64 slopes a, rounded to what is sent."""
+        return self._held("scale", np.float64)
+
+    @property
+    def offset(self) -> npt.NDArray[np.float64]:
+        """``[|E|]`` float64 offsets b, rounded to what is sent."""
+        return self._held("offset", np.float64)
+
+    def _held(self, name: str, dtype: type) -> npt.NDArray[Any]:
+        if self.tied is None:
+            return np.empty(0, dtype)
+        values: npt.NDArray[Any] = getattr(self.tied, name).numpy()
+        return values[self.embedded]
 
     @property
     def free(self) -> Indices:
@@ -94,7 +130,7 @@ class Plan:
         members, mode = members[fits], np.asarray(mode, dtype=np.uint8)[fits]
         if not len(members):
             return
-        first = references if not len(self.references) else references[:0]
+        first = references if self.tied is None else references[:0]
         chosen = np.zeros(self.numel, dtype=bool)
         chosen[members] = True
         increment = b"".join(
@@ -156,31 +192,49 @@ class Plan:
         if width not in (2, 4) or len(increment) != expected:
             raise FrameError("plan", f"an increment has {len(increment)} bytes, not {expected}.")
         at = _HEAD.size
-        if references:
-            self.references = np.frombuffer(increment, "<i8", references, at).astype(np.int64)
-            at += 8 * references
+        known = np.frombuffer(increment, "<i8", references, at).astype(np.int64)
+        at += 8 * references
         flags = np.unpackbits(np.frombuffer(increment, np.uint8, bitmap, at), count=len(free))
         members = free[flags.astype(bool)]
         at += bitmap
         mode = np.frombuffer(increment, np.uint8, count, at)
         at += count
         scale, offset = np.frombuffer(increment, f"<f{width}", 2 * count, at).reshape(2, -1)
-        outside = (self.references < 0) | (self.references >= self.numel)
-        wrong = len(members) != count or outside.any() or not len(self.references)
-        if wrong or (mode >= len(self.references)).any():
+        if references and self.tied is not None:
+            raise FrameError("plan", "the references are there already, and never change.")
+        known = known if self.tied is None else self.references
+        outside = (known < 0) | (known >= self.numel)
+        wrong = len(members) != count or outside.any() or not len(known)
+        if wrong or (mode >= len(known)).any():
             raise FrameError("plan", "members, modes and references do not fit one another.")
-        if self.embedded[self.references].any() or np.isin(self.references, members).any():
+        if self.embedded[known].any() or np.isin(known, members).any():
             raise FrameError("plan", "a reference is embedded.")
         if not (np.isfinite(scale).all() and np.isfinite(offset).all()):
             raise FrameError("plan", "a coefficient is NaN or infinite.")
-        order = np.argsort(np.concatenate([self.members, members]), kind="stable")
-        self.members = np.concatenate([self.members, members])[order]
-        self.mode = np.concatenate([self.mode, mode])[order]
-        self.scale = np.concatenate([self.scale, scale.astype(np.float64)])[order]
-        self.offset = np.concatenate([self.offset, offset.astype(np.float64)])[order]
-        self.embedded[members] = True
+        if self.tied is None:
+            self.tied = self._empty(known)
+        chosen = np.zeros(self.numel, dtype=bool)
+        chosen[members] = True
+        for array, values in (
+            (self.tied.mode, mode),
+            (self.tied.scale, scale),
+            (self.tied.offset, offset),
+        ):
+            array.numpy()[members] = values
+        self.tied.add(torch.from_numpy(chosen))
         self.identity = _identity(self.identity, increment)
         self._chain.append((self.identity, increment))
+
+    def _empty(self, references: Indices) -> TiedWeights:
+        """Return the empty set of weights that will follow these references."""
+        return TiedWeights(
+            Layout.of_vector(self.numel),
+            ModeChoice.of_references(torch.from_numpy(references)),
+            torch.zeros(self.numel, dtype=torch.uint8),
+            torch.zeros(self.numel, dtype=torch.float64),
+            torch.zeros(self.numel, dtype=torch.float64),
+            torch.from_numpy(self.embedded),
+        )
 
     def expand(self, flat: Flat) -> Flat:
         """Put the embedded weights of a flat vector [N] on their curves, in place; return it.
@@ -188,9 +242,9 @@ class Plan:
         Computed in float64 and rounded once: the product of two float32 is exact there, so that
         server and clients get the same bits with and without fused multiply-add.
         """
-        if len(self.members):
-            reference = flat[self.references].astype(np.float64)
-            flat[self.members] = self.scale * reference[self.mode] + self.offset
+        if self.tied is not None:
+            view = FlatView([torch.from_numpy(flat)], dtype=torch.float64)
+            self.tied.write(view, view.gather(self.tied.choice.references))
         return flat
 
     def pool(self, flat: Flat, start: Flat) -> Flat:
@@ -204,21 +258,11 @@ class Plan:
             flat: [N] trained weights; only references change.
             start: [N] weights the training started from.
         """
-        moved = (flat - start).astype(np.float64)
-        total = moved[self.references] + self.fold(moved[self.members])
-        weight = 1.0 + self.fold(self.scale)
-        flat[self.references] = start[self.references] + total / weight
+        if self.tied is not None:
+            moved = FlatView([torch.from_numpy((flat - start).astype(np.float64))])
+            step = self.tied.nearest(moved, differences=True).numpy()
+            flat[self.references] = start[self.references] + step
         return flat
-
-    def fold(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        r"""Return :math:`\sum_i a_i v_i` over the members of each mode, [M].
-
-        Args:
-            values: ``[|E|]`` one for each member.
-        """
-        count = len(self.references)
-        sums = np.bincount(self.mode, self.scale * values, count)[:count]
-        return sums.astype(np.float64, copy=False)
 
     def to_bytes(self) -> bytes:
         """Return the whole plan; :meth:`from_bytes` reads it."""

@@ -330,7 +330,7 @@ def _summary(
         "bytes_of_fedavg": (traffic.bytes_up + traffic.bytes_down) / fedavg,
         "mask_bytes": strategy.mask_bytes if isinstance(strategy, APFStrategy) else 0,
         "embedded_fraction": last.embedded_fraction,
-        "parameters": Packing.of(numpy_arrays(initial_arrays(config))).numel,
+        "parameters": Packing.of(numpy_arrays(initial_arrays(config))).layout.numel,
         "rounds": [vars(r) for r in rounds],
         "refusals": [str(refusal) for refusal in framed.refusals] if framed else [],
         "resyncs": framed.resyncs if framed else 0,

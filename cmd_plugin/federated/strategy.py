@@ -189,7 +189,7 @@ class FrameStrategy(Strategy):
             return []
         self.round = server_round
         self.flat = self.codec.packing.flatten(named)
-        self.raw = {e.name: named[e.name] for e in self.codec.packing.raw_entries(with_local=True)}
+        self.raw = {name: named[name] for name in self.codec.packing.raw.names}
         self.prepare()
         self._order = {node: place for place, node in enumerate(grid.get_node_ids())}
         return [self._framed(message) for message in messages]
@@ -222,11 +222,12 @@ class FrameStrategy(Strategy):
             return None, metrics
         packing = self.codec.packing
         found = numpy_arrays(arrays)
+        every = packing.arrays
         named = {
-            e.name: self.raw[e.name]  # the inner strategy's average of equal arrays may be off
-            if e.local
-            else np.asarray(found[e.name]).astype(e.dtype).reshape(e.shape)
-            for e in packing.entries
+            name: self.raw[name]  # the inner strategy's average of equal arrays may be off
+            if name in packing.kept
+            else np.asarray(found[name]).astype(dtype).reshape(shape)
+            for name, shape, dtype in zip(every.names, every.shapes, every.dtypes, strict=True)
         }
         flat = packing.flatten(named)
         try:

@@ -183,7 +183,7 @@ def decode_values(
         if len(sections.values) != expected:
             raise FrameError("values", f"expected {expected} bytes, got {len(sections.values)}.")
         values = np.frombuffer(sections.values, dtype)
-    complete = len(chosen) + len(fine) + len(plan.members) == plan.numel
+    complete = len(chosen) + len(fine) + plan.count == plan.numel
     if base is None and (header.flags & FLAG_DELTA or not complete):
         raise NeedResync("values", "the values these build on are not known here, resend.")
     flat = np.zeros(plan.numel, dtype) if base is None else base.astype(dtype, copy=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -124,6 +124,13 @@ class Layout:
                 self.names, self.shapes, self.offsets, self.sizes, strict=True
             )
         }
+
+    def select(self, chosen: Container[str]) -> Layout:
+        """Return the layout of the tensors with a name in ``chosen``, in the same order."""
+        rows = zip(self.names, self.shapes, self.dtypes, strict=True)
+        kept = [row for row in rows if row[0] in chosen]
+        names, shapes, dtypes = zip(*kept, strict=True) if kept else ((), (), ())
+        return Layout(names, shapes, dtypes)
 
     def variances(self) -> list[slice]:
         """Flat positions of BatchNorm's running variances: no modelled one may be negative."""

@@ -210,8 +210,8 @@ class OnlineModes:
             source: As for :meth:`update`.
             profile: [M] values of the modes' profiles to use instead of those in ``source``.
             optimizers: Those that have just stepped. Unless ``project="epoch"`` only their
-                parameters are written (and statistics of the same modules): others may be in use.
-                With ``slots="zero"`` their slots of embedded weights are zeroed.
+                parameters in the model are written (and statistics of the same modules): others may
+                be in use. With ``slots="zero"`` their slots of embedded weights are zeroed.
 
         Returns:
             Number of weights written; 0 before the first event.
@@ -229,7 +229,8 @@ class OnlineModes:
         tied, settings, optimizers = self._embedder.tied, self._embedder.settings, [*optimizers]
         with torch.inference_mode(False), torch.no_grad():
             view = self._read(source)
-            own = self._owned(optimizers) if settings.project != "epoch" else None
+            mine = settings.project != "epoch" and (source is None or source is self._model)
+            own = self._owned(optimizers) if mine else None
             if profile is None and settings.project == "pool":
                 profile = tied.pool(view, own)
             elif profile is None:

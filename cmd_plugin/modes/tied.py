@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from cmd_plugin.modes.layout import Layout
 __all__ = ["Owned", "TiedWeights", "moved_by"]
 
 Owned = Sequence[bool] | None
-"""Which tensors of a layout take part, in its order; None for all of them."""
+"""Which tensors of a layout take part, in its order; None for all of them.
+
+Where it is given, the weights are a view of these tensors and not of one flat vector.
+"""
 
 
 def moved_by(
@@ -55,8 +59,8 @@ class TiedWeights:
         mask: [N] bool, the tied weights; None for none.
 
     Attributes:
-        layout: As given; so are ``choice``, ``mode``, ``scale``, ``offset`` and ``mask``. None is
-            copied; scale, offset and mask change in place.
+        layout: As given; so are ``choice``, ``mode``, ``scale``, ``offset`` and ``mask``, which are
+            not copied: the last three change in place.
         count: Number of tied weights.
     """
 
@@ -74,6 +78,13 @@ class TiedWeights:
         self.mask = torch.zeros_like(mode, dtype=torch.bool) if mask is None else mask
         self.count = int(self.mask.sum())
         self._equation: tuple[Tensor, Tensor] | None = None
+
+    def seen_by(self, weights: FlatView, layout: Layout) -> TiedWeights:
+        """Return the same set for a model's weights: with their layout, on their device."""
+        device, dtype = weights.device, weights.dtype
+        scale, offset = self.scale.to(device, dtype), self.offset.to(device, dtype)
+        mode, mask = self.mode.to(device), self.mask.to(device)
+        return TiedWeights(layout, self.choice, mode, scale, offset, mask)
 
     def move(self, mode: Tensor) -> None:
         """Move to where ``mode``, the table of the modes, lies now, and share it."""
@@ -104,9 +115,9 @@ class TiedWeights:
             profile: [M] values of the profiles.
             own: The tensors that may be written.
         """
-        if self.count:
-            mask = self._among(own)
-            apply_embedding(weights, mask, self.mode, self.scale, self.offset, profile)
+        for part, at in self._parts(weights, own) if self.count else ():
+            mask, mode = self.mask[at], self.mode[at]
+            apply_embedding(part, mask, mode, self.scale[at], self.offset[at], profile)
 
     def project(self, weights: FlatView, profile: Tensor, own: Owned = None) -> int:
         """As :meth:`write`, for a model in training: refuse bad profiles, and clamp variances.
@@ -134,13 +145,16 @@ class TiedWeights:
                 "in its mode: the training diverged."
             )
         self.write(weights, profile, own)
-        mask = self._among(own)
-        for variance in self.layout.variances():
-            at = variance.start + mask[variance].nonzero()[:, 0].cpu()
-            values = weights.gather(at)
-            if bool((values < 0).any()):
-                weights.put(at, values.clamp(min=0.0))
-        return self.count if own is None else int(mask.sum())
+        for number, name in enumerate(self.layout.names):
+            if name.endswith("running_var") and (own is None or own[number]):
+                first, size = self.layout.offsets[number], self.layout.sizes[number]
+                at = first + self.mask[first : first + size].nonzero()[:, 0].cpu()
+                values = weights.gather(at)
+                if bool((values < 0).any()):
+                    weights.put(at, values.clamp(min=0.0))
+        if own is None:
+            return self.count
+        return sum(int(self.mask[at].sum()) for _, at in self._parts(weights, own))
 
     def pool(self, weights: FlatView, own: Owned = None) -> Tensor:
         """Move the references to :meth:`nearest`, in place.
@@ -175,36 +189,48 @@ class TiedWeights:
             differences: Whether ``weights`` are differences between two sets of weights on the
                 curves, in which b has cancelled; the result is one too.
         """
-        mask = self._among(own)
+        parts = self._parts(weights, own)
         equation = self._equation
         if equation is None or own is not None:
-            arrays = (FlatView([array], dtype=array.dtype) for array in (self.scale, self.offset))
-            squares, shift = (self._fold(array, mask) for array in arrays)
+            squares, shift = (
+                self._fold([(FlatView([array[at]], dtype=array.dtype), at) for _, at in parts])
+                for array in (self.scale, self.offset)
+            )
             equation = 1.0 + squares, shift
             self._equation = equation if own is None else self._equation
         weight, shift = equation
-        pull = weights.gather(self.choice.references) + self._fold(weights, mask)
+        pull = weights.gather(self.choice.references) + self._fold(parts)
         return (pull if differences else pull - shift) / weight
 
-    def _fold(self, values: FlatView, mask: Tensor) -> Tensor:
+    def _fold(self, parts: Iterable[tuple[FlatView, slice]]) -> Tensor:
         """Return the sum of a times value over the tied weights of each mode, [M] float64, CPU."""
-        sums = torch.zeros(self.choice.modes, dtype=torch.float64, device=values.device)
-        scratch = values.scratch()
-        for number, start, stop in values.blocks():
-            at = slice(start, stop)
-            block = values.read(number, scratch).clone()  # folding zeroes what it has summed
-            sums += fold_gradients(block, mask[at], self.mode[at], self.scale[at], len(sums))
+        sums = torch.zeros(self.choice.modes, dtype=torch.float64, device=self.mask.device)
+        for values, where in parts:
+            scratch = values.scratch()
+            for number, start, stop in values.blocks():
+                at = slice(where.start + start, where.start + stop)
+                block = values.read(number, scratch).clone()  # folding zeroes what it has summed
+                sums += fold_gradients(
+                    block, self.mask[at], self.mode[at], self.scale[at], len(sums)
+                )
         return sums.cpu()
 
-    def _among(self, own: Owned) -> Tensor:
-        """Return which weights are tied and lie in the tensors that take part, [N] bool."""
+    def _parts(self, weights: FlatView, own: Owned) -> list[tuple[FlatView, slice]]:
+        """Return views of the tensors that take part, neighbours in one, and where each lies.
+
+        Others are not even written with the bits they have: a graph that holds them would notice.
+        """
         if own is None:
-            return self.mask
-        mask = self.mask.clone()
-        for start, size, mine in zip(self.layout.offsets, self.layout.sizes, own, strict=True):
-            if not mine:
-                mask[start : start + size] = False
-        return mask
+            return [(weights, slice(0, weights.numel))]
+        ends = [*self.layout.offsets, self.layout.numel]
+        parts = []
+        for mine, run in groupby(range(len(own)), own.__getitem__):
+            numbers = list(run)
+            if mine:
+                first, end = numbers[0], numbers[-1] + 1
+                view = FlatView(weights.tensors[first:end], dtype=weights.dtype)
+                parts.append((view, slice(ends[first], ends[end])))
+        return parts
 
     @cached_property
     def _owner(self) -> Tensor:

@@ -57,8 +57,8 @@ def same(a: Named, b: Named) -> bool:
 def server(seed: int = 0, **options: Any) -> tuple[ModeCodec, np.ndarray, Named]:
     """A codec of the model, its modelled weights and the rest."""
     arrays = model(seed)
-    codec = ModeCodec.of(arrays, **options)
-    raw = {e.name: arrays[e.name] for e in codec.packing.entries if not e.modelled}
+    codec = ModeCodec(Packing.of(arrays, **options))
+    raw = {name: arrays[name] for name in codec.packing.raw.names}
     return codec, codec.packing.flatten(arrays), raw
 
 
@@ -79,18 +79,18 @@ def embed(codec: ModeCodec, count: int = 60, seed: int = 0) -> None:
 
 def test_what_is_modelled() -> None:
     codec, flat, _ = server()
-    names = [entry.name for entry in codec.packing.modelled]
+    names = list(codec.packing.layout.names)
     assert names == ["conv.weight", "norm.weight", "scalar", "head.weight"]
     assert flat.shape == (24 + 4 + 1 + 150,)
     assert codec.packing.layout.numel == len(flat)
-    some = ModeCodec.of(model(), include=["*.weight"], exclude=["head*"]).packing
-    assert [entry.name for entry in some.modelled] == ["conv.weight", "norm.weight"]
+    some = Packing.of(model(), include=["*.weight"], exclude=["head*"])
+    assert list(some.layout.names) == ["conv.weight", "norm.weight"]
     doubles = Packing.of({name: a.astype(np.float64) for name, a in model().items()})
     assert doubles.dtype == np.float64
     with pytest.raises(InputError, match="no float32 or float64 array is left to model"):
-        ModeCodec.of(model(), include=["body*"])
+        Packing.of(model(), include=["body*"])
     with pytest.raises(InputError, match="statistics must be one of average, local, got 'sum'"):
-        ModeCodec.of(model(), statistics="sum")
+        Packing.of(model(), statistics="sum")
 
 
 @pytest.mark.parametrize("embedded", [False, True])
@@ -114,25 +114,44 @@ def test_round_trip_is_exact(embedded: bool) -> None:
     assert same(decoded, codec.packing.unflatten(expected, others))
 
 
-def test_squeeze_and_expand() -> None:
+def test_free_values_are_the_whole_model() -> None:
     codec, flat, _ = server()
     embed(codec)
-    squeezed = codec.squeeze(flat)
-    assert len(squeezed) == len(flat) - 60
-    assert np.array_equal(codec.squeeze(codec.expand(squeezed)), squeezed)
-    full = codec.expand(squeezed)
-    assert np.array_equal(codec.expand(codec.squeeze(full)), full)
+    free = codec.plan.free
+    assert len(flat[free]) == len(flat) - 60
+    full = codec.plan.expand(flat.copy())
+    assert np.array_equal(full[free], flat[free])
+    again = np.zeros_like(full)
+    again[free] = full[free]
+    assert np.array_equal(codec.plan.expand(again), full)
+
+
+def frame_bytes(codec: ModeCodec, bits: int | None, since: int | None = None) -> int:
+    """Length of a frame, part by part; ``since`` is the plan a compact one builds on."""
+    free, fine = len(codec.plan.free), len(codec.plan.references)
+    if bits is None:
+        values = 4 * free
+    else:  # codes of so many bits and a float32 a block of 256; references have 16 bits
+        values = sum(
+            -(-count * width // 8) + 4 * -(-count // 256)
+            for count, width in ((free - fine, bits), (fine, 16))
+        )
+    others = 4 * 4 + 4 * 4 + 8 + 3 * 2  # mean, variance, counter, half precision
+    layout = len(codec.packing.to_json()) if since is None else 0
+    increments = codec.plan.since(since or 0)
+    assert increments is not None
+    return OVERHEAD + layout + len(increments) + values + others
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_frame_bytes(bits: int | None) -> None:
-    """Oracle 6: a frame is header + layout + plan + values + raw, to the byte."""
+    """A frame is header + layout + plan + values + raw, to the byte."""
     codec, flat, raw = server()
     for event in range(3):
         header = Header(KIND_DOWN, bits=bits or 0)
-        assert len(codec.send(flat, raw, header=header).pack()) == codec.frame_bytes(bits)
+        assert len(codec.send(flat, raw, header=header).pack()) == frame_bytes(codec, bits)
         compact = codec.send(flat, raw, codec.known, header=header).pack()
-        assert len(compact) == codec.frame_bytes(bits, since=codec.plan.identity)
+        assert len(compact) == frame_bytes(codec, bits, since=codec.plan.identity)
         if bits is None:
             others = 4 * 4 + 4 * 4 + 8 + 3 * 2  # mean, variance, counter, half precision
             assert len(compact) == OVERHEAD + 4 * (len(flat) - 50 * event) + others
@@ -140,9 +159,8 @@ def test_frame_bytes(bits: int | None) -> None:
         embed(codec, 50, seed=event)
         codec.plan.expand(flat)
         step = codec.send(flat, raw, before, header=header).pack()
-        assert len(step) == codec.frame_bytes(bits, since=before.plan)
-    with pytest.raises(InputError, match="is no earlier state"):
-        codec.frame_bytes(since=12345)
+        assert len(step) == frame_bytes(codec, bits, since=before.plan)
+    assert codec.plan.since(12345) is None
 
 
 def test_compact_frames_need_what_they_build_on() -> None:
@@ -150,7 +168,7 @@ def test_compact_frames_need_what_they_build_on() -> None:
     compact = codec.send(flat, raw, codec.known)
     with pytest.raises(NeedResync, match="layout"):
         ModeCodec.receive(None, compact)
-    stranger = ModeCodec.of({"other": np.zeros(3, np.float32)})
+    stranger = ModeCodec(Packing.of({"other": np.zeros(3, np.float32)}))
     with pytest.raises(NeedResync, match="layout"):
         ModeCodec.receive(stranger, compact)
     client, _ = ModeCodec.receive(None, codec.send(flat, raw))
@@ -296,6 +314,7 @@ def test_layout_of_a_stranger() -> None:
         (b"{", "layout: it cannot be read"),
         (b"[]", "it models nothing"),
         (b'[["a",[2],"float32",1,0]]', "its identity is not the one announced"),
+        (b'[["a",[2],"float32",1,0],["a",[2],"float32",1,0]]', "a name is there twice"),
     ):
         wrong = Frame(frame.header, replace(frame.sections, layout=text))
         with pytest.raises(FrameError, match=sentence):

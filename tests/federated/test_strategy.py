@@ -338,6 +338,8 @@ def test_bad_settings_are_told_at_once() -> None:
         CMDStrategy(object())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="warmup"):
         cmd(warmup=1)
+    with pytest.raises(InputError, match="is said here by project='step' and pool=True"):
+        CMDStrategy(fed_avg(), Embedding(project="pool"))
     with pytest.raises(InputError, match="bits must be one of 4, 8 or None, got 3"):
         cmd(bits=3)
     with pytest.raises(InputError, match="statistics"):

@@ -196,6 +196,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "absolute": {"embedding": Embedding(3, 20)},
     "relative": {"embedding": Embedding(3, 20, relative=True, project="step")},
     "mean": {"embedding": Embedding(3, 20), "profile": "mean", "shrink": True},
+    "pool": {"embedding": Embedding(3, 20, project="pool"), "buffers": "keep"},
 }
 
 
