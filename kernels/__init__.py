@@ -26,7 +26,6 @@ from cmd_plugin.kernels.select_smallest import select_smallest
 from cmd_plugin.kernels.snapshot_delta import snapshot_delta
 from cmd_plugin.kernels.swap import swap_in, swap_out
 from cmd_plugin.kernels.update_affine import update_affine
-from cmd_plugin.kernels.update_and_reconstruct import update_and_reconstruct
 
 __all__ = [
     "AffineFit",
@@ -51,5 +50,4 @@ __all__ = [
     "swap_in",
     "swap_out",
     "update_affine",
-    "update_and_reconstruct",
 ]

@@ -19,7 +19,6 @@ from cmd_plugin.kernels.select_smallest import reference as select_reference
 from cmd_plugin.kernels.snapshot_delta import reference as delta_reference
 from cmd_plugin.kernels.swap import reference as swap_reference
 from cmd_plugin.kernels.update_affine import reference as update_reference
-from cmd_plugin.kernels.update_and_reconstruct import reference as both_reference
 
 __all__ = ["CASES", "Case", "Problem"]
 
@@ -131,23 +130,6 @@ def _update_affine(p: Problem) -> Any:
     return run, specification
 
 
-def _update_and_reconstruct(p: Problem) -> Any:
-    state = (p.mode, p.slope, p.mean)
-
-    def run(backend: Any) -> tuple[Tensor, ...]:
-        kernels.update_and_reconstruct(
-            p.view, *state, p.gain, p.step, 0.05, out=p.out, backend=backend
-        )
-        return p.slope, p.mean, p.out
-
-    def specification() -> tuple[Tensor, ...]:
-        gain, step = p.gain.to(p.mean.device), p.step.to(p.mean.device)
-        out = both_reference.update_and_reconstruct(p.weights, *state, gain, step, 0.05)[1]
-        return p.slope, p.mean, out
-
-    return run, specification
-
-
 def _reconstruct(p: Problem) -> Any:
     state = (p.mode, p.slope, p.mean)
 
@@ -230,7 +212,6 @@ CASES = [
     # T - 1 differences of 2 bytes, the base, and 13 bytes of result.
     Case("assign_and_fit", 2 * (SNAPSHOTS - 1) + 4 + 13, _assign_and_fit, _projections),
     Case("update_affine", 21, _update_affine),
-    Case("update_and_reconstruct", 25, _update_and_reconstruct),
     Case("reconstruct", 13, _reconstruct),
     Case("swap_in", 21, _swap_in),
     Case("swap_out", 8, _swap_out),

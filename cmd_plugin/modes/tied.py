@@ -154,7 +154,8 @@ class TiedWeights:
                     weights.put(at, values.clamp(min=0.0))
         if own is None:
             return self.count
-        return sum(int(self.mask[at].sum()) for _, at in self._parts(weights, own))
+        tensors = self.layout.split(self.mask).values()
+        return sum(int(mask.sum()) for mask, mine in zip(tensors, own, strict=True) if mine)
 
     def pool(self, weights: FlatView, own: Owned = None) -> Tensor:
         """Move the references to :meth:`nearest`, in place.

@@ -91,9 +91,6 @@ def exercise(dtype: torch.dtype, shrink: bool) -> None:
     both = {"total": total, "energy": energy}
     kernels.update_affine(weights, **arguments, gain=table, blend=0.1, total=total)
     out = torch.zeros_like(arguments["mean"])
-    kernels.update_and_reconstruct(
-        weights, **arguments, gain=table, step=table, blend=0.1, **both, out=out
-    )
     kernels.reconstruct_into(weights, **arguments, step=table, **both)
     kernels.swap_in(weights, weights.empty_like(), **arguments, step=table, **both)
     kernels.swap_out(weights, weights.empty_like())

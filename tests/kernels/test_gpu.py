@@ -48,8 +48,9 @@ def work(given: dict[str, Any]) -> dict[str, Tensor]:
     made = {"delta": kernels.snapshot_delta(view, mean)}
     made["squares"] = kernels.update_affine(view, mode, slope, mean, table, 0.1, 0.9, total)
     out = torch.empty_like(mean)
-    arguments = {"blend": 0.2, "total": total, "energy": table.square(), "out": out}
-    kernels.update_and_reconstruct(view, mode, slope, mean, table, table, **arguments)
+    kernels.update_affine(view, mode, slope, mean, table, 0.2, total=total)
+    shrunk = {"total": total, "energy": table.square(), "out": out}
+    kernels.reconstruct(mode, slope, mean, table, **shrunk)
     made.update(slope=slope, mean=mean, total=total, model=out)
     backup = view.empty_like()
     kernels.swap_in(view, backup, mode, slope, mean, table)

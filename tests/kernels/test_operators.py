@@ -42,10 +42,6 @@ def arguments(name: str) -> tuple[Any, ...]:
     backup = [torch.empty_like(part) for part in parts()]
     return {
         "update_affine": (parts(), mode, slope, mean, table(), 0.1, 0.9, total, "auto"),
-        "update_and_reconstruct": (
-            *(parts(), mode, slope, mean, table(), table(), 0.1, 0.9),
-            *(total, table().square(), torch.zeros(N), "auto"),
-        ),
         "reconstruct": (parts(), mode, slope, mean, table(), None, None, "auto"),
         "swap_in": (parts(), backup, mode, slope, mean, table(), None, None, "auto"),
         "swap_out": (parts(), parts(), "auto"),
@@ -69,7 +65,6 @@ OPERATORS = [
     "swap_in",
     "swap_out",
     "update_affine",
-    "update_and_reconstruct",
 ]
 
 
@@ -83,10 +78,10 @@ def snapshots(weights: list[Tensor], held: dict[str, Any]) -> list[Tensor]:
     mode, slope, mean, step = held["mode"], held["slope"], held["mean"], held["step"]
     delta = kernels.snapshot_delta(weights, mean)
     squares = kernels.update_affine(weights, mode, slope, mean, step, 0.2)
-    out = torch.zeros_like(mean)
-    more = kernels.update_and_reconstruct(weights, mode, slope, mean, step, step, 0.2, out=out)
+    before = kernels.reconstruct(mode, slope, mean, step)
+    more = kernels.update_affine(weights, mode, slope, mean, step, 0.2)
     model = kernels.reconstruct(mode, slope, mean, step)
-    fit = kernels.assign_and_fit(torch.stack([out, model, mean, slope]), held["profiles"])
+    fit = kernels.assign_and_fit(torch.stack([before, model, mean, slope]), held["profiles"])
     drift = kernels.coefficient_drift(slope, mean, fit.scale, fit.mean)
     chosen = kernels.select_smallest(drift, 7)
     backup = [torch.empty_like(weight) for weight in weights]
@@ -96,7 +91,7 @@ def snapshots(weights: list[Tensor], held: dict[str, Any]) -> list[Tensor]:
     kernels.apply_embedding(weights, chosen, mode, slope, mean, step)
     gradient = model.clone()
     sums = kernels.fold_gradients(gradient, chosen, mode, slope, 3)
-    return [delta, squares, out, more, model, *fit, drift, chosen, shown, gradient, sums]
+    return [delta, squares, before, more, model, *fit, drift, chosen, shown, gradient, sums]
 
 
 def both(function: Callable[..., list[Tensor]], given: tuple[Any, ...]) -> None:

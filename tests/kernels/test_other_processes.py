@@ -69,5 +69,4 @@ def test_every_shipped_kernel_compiles_for_capability_80_and_90(tmp_path: Path) 
         "snapshot_delta",
         "swap",
         "update_affine",
-        "update_and_reconstruct",
     }
