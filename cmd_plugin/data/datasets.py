@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 
 from cmd_plugin.data.folder import FolderImages, read_folder
 from cmd_plugin.data.images import ImageStore, LabelledImages, MemoryImages, channel_statistics
+from cmd_plugin.data.limits import DEFAULT_LIMITS, ReadLimits
 from cmd_plugin.data.names import DATASETS
 from cmd_plugin.data.splits import corrupt_labels, split_indices, stratified_subset
 from cmd_plugin.errors import InputError
 
 __all__ = ["DATASETS", "ImageData", "load_dataset"]
-
 
 ROOT_VARIABLE = "CMD_PLUGIN_DATA"
 
@@ -74,13 +74,14 @@ def load_dataset(
     train_limit: int | None = None,
     test_fraction: float = 0.2,
     image_size: int | tuple[int, int] | None = None,
+    limits: ReadLimits = DEFAULT_LIMITS,
 ) -> ImageData:
     """Load a data set; nothing is ever downloaded.
 
     Args:
         name: One of :data:`DATASETS`. `digits` comes with scikit-learn (1797 grey 8x8 images);
             `mnist`, `fashion-mnist` and `cifar10` are read in torchvision's layout; `folder` is a
-            folder or tar archive of images, see :func:`cmd_plugin.data.folder.read_folder`.
+            folder or archive of images, see :func:`cmd_plugin.data.folder.read_folder`.
         data_root: Where the data lies; defaults to the environment variable `CMD_PLUGIN_DATA`. Not
             used by `digits`.
         label_noise: Share of training labels replaced by a uniformly drawn other class, in [0, 1).
@@ -89,6 +90,7 @@ def load_dataset(
         test_fraction: Held-out share where the data comes without a held-out set (`digits`, a
             single tree), in (0, 1).
         image_size: Height and width (or one number for both) to resize to.
+        limits: Bounds on what is read from a folder or archive of images.
 
     Raises:
         InputError: If the name is unknown, the data is missing, damaged or unusable, or an option
@@ -111,7 +113,7 @@ def load_dataset(
             if jpeg.is_dir():
                 name, root = "cifar10-jpeg", jpeg
         if name in ("folder", "cifar10-jpeg"):
-            train, test, classes = _split(read_folder(root, size), test_fraction, seed)
+            train, test, classes = _split(read_folder(root, size, limits), test_fraction, seed)
         else:
             train, test, classes = _torchvision(name, root, size)
 

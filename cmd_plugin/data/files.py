@@ -1,34 +1,75 @@
-"""Image files in folders and tar archives: finding, decoding, and reading them on demand.
-
-Archives are read member by member. Nothing is ever extracted to disk, so member names cannot lead
-anywhere.
-"""
+"""Image files in folders and archives: finding them, and reading their bytes on demand."""
 
 from __future__ import annotations
 
 import io
-import lzma
 import os
-import tarfile
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
+from typing import BinaryIO, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from torch import Tensor
-
+from cmd_plugin.data.limits import ReadLimits
 from cmd_plugin.errors import InputError
 
-__all__ = ["FileImages", "ImageFile", "decode", "find_archives", "is_archive", "walk"]
+__all__ = [
+    "Found",
+    "ImageFile",
+    "Skipped",
+    "Span",
+    "Unreadable",
+    "is_image_name",
+    "judge_name",
+    "too_many_bytes",
+    "unreadable",
+    "walk_folder",
+]
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
-ARCHIVE_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_OTHER_ENDINGS = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".pfm")
 
-Pixels = NDArray[np.uint8]
+
+class Skipped(NamedTuple):
+    """A file that was left out.
+
+    Attributes:
+        name: Its path inside the collection.
+        reason: Why, as the end of a sentence that begins with the name.
+    """
+
+    name: str
+    reason: str
+
+
+class Unreadable(InputError):
+    """An image that cannot be read; a walk hands it over, and the reader refuses or skips it.
+
+    Made by :func:`unreadable`: a worker process of a loader can hand on an exception only when its
+    message alone makes one.
+    """
+
+    skipped: Skipped
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a member lies inside an archive that can be read in any order.
+
+    Attributes:
+        start: Byte position of its data.
+        length: Number of bytes there.
+        size: Number of bytes once unpacked.
+        deflated: Whether it is compressed.
+        checksum: CRC-32 of the unpacked bytes; `None` where the archive keeps none.
+    """
+
+    start: int
+    length: int
+    size: int
+    deflated: bool = False
+    checksum: int | None = None
 
 
 @dataclass(frozen=True)
@@ -36,193 +77,146 @@ class ImageFile:
     """Where one image lies.
 
     Attributes:
-        parts: Path inside the data set, for example `("train", "cat", "1.png")`.
+        parts: Path inside the collection, for example `("train", "cat", "1.png")`.
         source: The image file itself, or the archive that holds it.
-        start: Byte position inside an uncompressed archive; `None` for a file of its own or a
-            compressed archive.
-        length: Number of bytes inside the archive; 0 for a file of its own.
-        data: The bytes, while a walk hands them over; `None` for a file of its own.
+        span: Its place in an archive; `None` for a file of its own.
+        data: Its bytes, where the archive can only be read from front to back.
     """
 
     parts: tuple[str, ...]
     source: Path
-    start: int | None = None
-    length: int = 0
+    span: Span | None = None
     data: bytes | None = None
 
     @property
+    def label(self) -> str:
+        """Path inside the collection, as lists show it."""
+        return _printable("/".join(self.parts))
+
+    @property
     def name(self) -> str:
-        """The name that messages show."""
-        if self.length == 0:
-            return str(self.source)
-        return f"{self.source}:{'/'.join(self.parts)}"
+        """Path on the disk, as messages show it."""
+        source = _printable(str(self.source))
+        return source if self.span is None and self.data is None else f"{source}:{self.label}"
 
-    def read(self) -> bytes:
-        """The encoded image."""
+    def open(self, limits: ReadLimits) -> BinaryIO:
+        """The encoded image as a stream from its first byte.
+
+        Raises:
+            Unreadable: If it is no regular file, too large, gone or damaged.
+        """
         if self.data is not None:
-            return self.data
+            return io.BytesIO(self.data)
         try:
-            with self.source.open("rb") as stream:
-                if self.start is not None:
-                    stream.seek(self.start)
-                    return stream.read(self.length)
-                return stream.read()
+            # Asked before opening: opening a pipe waits for a writer that may never come.
+            status = self.source.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise unreadable(self, "is not a regular file (a pipe, socket or device)")
+            if self.span is not None:
+                return io.BytesIO(self._unpack(self.span))
+            if status.st_size > limits.file_bytes:
+                raise too_many_bytes(self, status.st_size, limits)
+            return self.source.open("rb")
         except OSError as error:
-            raise InputError(f"{self.name} cannot be read: {error.strerror}.") from error
+            raise unreadable(self, f"cannot be read ({error.strerror})") from error
+
+    def _unpack(self, span: Span) -> bytes:
+        with self.source.open("rb") as archive:
+            archive.seek(span.start)
+            data = archive.read(span.length)
+        try:
+            if span.deflated and len(data) == span.length:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, span.size + 1)
+        except zlib.error as error:
+            raise unreadable(self, f"is damaged inside the archive ({error})") from error
+        if len(data) != span.size or span.checksum not in (None, zlib.crc32(data)):
+            raise unreadable(self, "is damaged inside the archive")
+        return data
 
 
-def is_archive(path: Path) -> bool:
-    """Whether the name is that of a tar archive."""
-    return path.name.lower().endswith(ARCHIVE_ENDINGS)
+Found = ImageFile | Unreadable | Skipped
 
 
-def find_archives(folder: Path) -> dict[str, Path]:
-    """Tar archives directly inside a folder, by their name without the ending."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and is_archive(path):
-            ending = max((e for e in ARCHIVE_ENDINGS if path.name.lower().endswith(e)), key=len)
-            found[path.name[: -len(ending)].lower()] = path
-    return found
+def unreadable(file: ImageFile, reason: str, advice: str = "replace or remove it") -> Unreadable:
+    """The exception for an image that cannot be read: `NAME REASON: ADVICE.`."""
+    error = Unreadable(f"{file.name} {reason}: {advice}.")
+    error.skipped = Skipped(file.label, reason)
+    return error
 
 
-def _is_image(parts: tuple[str, ...]) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return bool(parts) and not hidden and parts[-1].lower().endswith(IMAGE_ENDINGS)
-
-
-def walk(root: Path) -> Iterator[ImageFile]:
-    """All image files of a folder (sorted) or of a tar archive (in its order, with their bytes).
-
-    Args:
-        root: A folder or a tar archive.
-
-    Raises:
-        InputError: If the archive is damaged or of another format.
-    """
-    if root.is_dir():
-        # os.walk instead of rglob: it follows links to folders, which large collections often are.
-        for folder, subfolders, names in os.walk(root, followlinks=True):
-            subfolders.sort()
-            for name in sorted(names):
-                path = Path(folder, name)
-                parts = path.relative_to(root).parts
-                if _is_image(parts):
-                    yield ImageFile(parts, path)
-        return
-    try:
-        compressed = _is_compressed(root)
-        with tarfile.open(root, mode="r|*") as archive:
-            for member in archive:
-                steps = PurePosixPath(member.name).parts
-                parts = tuple(step for step in steps if step not in ("/", ".", ".."))
-                stream = archive.extractfile(member) if member.isfile() else None
-                if stream is not None and _is_image(parts):
-                    start = None if compressed else member.offset_data
-                    yield ImageFile(parts, root, start, member.size, stream.read())
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise InputError(
-            f"{root} is not a readable tar archive ({error}): make or copy it again."
-        ) from error
-
-
-def _is_compressed(path: Path) -> bool:
-    with path.open("rb") as stream:
-        start = stream.read(6)
-    return start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
-
-
-def decode(file: ImageFile, size: tuple[int, int] | None = None) -> Pixels:
-    """Decode an image, keeping grey ones grey.
-
-    Args:
-        file: Where the image lies.
-        size: Height and width; the image is scaled and centre-cropped to it. `None` keeps its size.
-
-    Returns:
-        Shape [1, H, W] for a grey image, else [3, H, W].
-
-    Raises:
-        InputError: If the image is damaged.
-    """
-    try:
-        with Image.open(io.BytesIO(file.read())) as opened:
-            image = _grey_or_rgb(opened)
-        if size is not None and image.size != (size[1], size[0]):
-            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
-        pixels: Pixels = np.array(image)
-    except InputError:
-        raise
-    except Exception as error:  # decoders meet damaged bytes with almost any exception
-        reason = str(error).split("<_io", maxsplit=1)[0].strip() or type(error).__name__
-        raise InputError(
-            f"{file.name} is not a readable image ({reason}): replace or remove it."
-        ) from error
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _grey_or_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # 16-bit grey: Pillow's own conversion would clip everything above 255 to white.
-        values = np.asarray(image).astype(np.float32) / 257.0
-        return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if image.mode in ("1", "L"):
-        return image.convert("L")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-class FileImages:
-    """Images that stay on disk and are decoded when they are read.
-
-    Args:
-        files: Where they lie; each must be readable on its own (not inside a compressed archive).
-        channels: 1 or 3; grey images are repeated for 3, coloured ones are refused for 1.
-        size: Height and width of every image.
-        resize: Whether images of another size are scaled and cropped; otherwise they are refused.
-    """
-
-    in_memory = False
-
-    def __init__(
-        self, files: list[ImageFile], channels: int, size: tuple[int, int], resize: bool
-    ) -> None:
-        self.files = files
-        self.channels = channels
-        self.size = size
-        self.resize = resize
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.files)
-
-    def read(self, indices: Tensor) -> Tensor:
-        """Images as float32 in [0, 1], shape [B, C, H, W]."""
-        batch = np.empty((len(indices), self.channels, *self.size), dtype=np.uint8)
-        for row, index in enumerate(indices.tolist()):
-            file = self.files[index]
-            pixels = decode(file, self.size if self.resize else None)
-            if pixels.shape[1:] != self.size:
-                raise size_mismatch(file, pixels, self.size)
-            if len(pixels) > self.channels:
-                raise InputError(
-                    f"{file.name} is in colour, the images before it are grey: convert one of them."
-                )
-            batch[row] = pixels
-        return torch.from_numpy(batch).float().mul_(1.0 / 255.0)
-
-    def select(self, indices: Tensor) -> FileImages:
-        """The chosen images; nothing is read."""
-        files = [self.files[index] for index in indices.tolist()]
-        return FileImages(files, self.channels, self.size, self.resize)
-
-
-def size_mismatch(file: ImageFile, pixels: Pixels, size: tuple[int, int]) -> InputError:
-    """The error for an image whose size differs from the others."""
-    height, width = pixels.shape[1:]
-    message = (
-        f"{file.name} is {width}x{height} pixels but the images before it are {size[1]}x{size[0]}: "
-        "pass an image size (--image-size) to bring all to one."
+def too_many_bytes(file: ImageFile, size: int, limits: ReadLimits) -> Unreadable:
+    """The exception for an encoded image that is larger than the caller allows."""
+    return unreadable(
+        file,
+        f"has {size} bytes, more than the {limits.file_bytes} allowed",
+        "remove it or raise ReadLimits.file_bytes",
     )
-    return InputError(message)
+
+
+def _printable(text: str) -> str:
+    """File names that are not UTF-8 could not be written to any table."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file with this name is read as an image."""
+    return name.lower().endswith(IMAGE_ENDINGS)
+
+
+def judge_name(file: ImageFile) -> Found | None:
+    """What a walk hands over for a regular file: the file, a word about it, or nothing.
+
+    Hidden files, what macOS adds to archives, and files that are no images are passed over.
+    """
+    if not file.parts or any(_is_hidden(part) for part in file.parts):
+        return None
+    ending = PurePath(file.parts[-1]).suffix.lower()
+    if ending in _OTHER_ENDINGS:
+        return Skipped(file.label, f"is of a format that is not read ({ending}): convert it to PNG")
+    return file if ending in IMAGE_ENDINGS else None
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def walk_folder(root: Path) -> Iterator[Found]:
+    """All image files below a folder, those of a folder before those of the folders in it.
+
+    Links are followed, since large collections often are links, but every real folder is read once:
+    under its own name if it lies below `root`, otherwise under the first link to it in sorted
+    order. Another link to it is handed over as :class:`Skipped`.
+    """
+    files: list[ImageFile] = []
+    seen: dict[tuple[int, int], str] = {}
+    folders: list[tuple[str, ...]] = [()]
+    links: list[tuple[str, ...]] = []
+    while folders or links:
+        if not folders:
+            links.sort()
+        parts = folders.pop() if folders else links.pop(0)
+        folder = ImageFile(parts, root.joinpath(*parts))
+        try:
+            status = folder.source.stat()
+            before = seen.setdefault((status.st_dev, status.st_ino), folder.label)
+            if before != folder.label:
+                reason = f"is the folder {before or '.'} once more, which is read under that name"
+                yield Skipped(folder.label, reason)
+                continue
+            with os.scandir(folder.source) as entries:
+                for entry in entries:
+                    inner = (*parts, entry.name)
+                    if _is_hidden(entry.name):
+                        continue
+                    if entry.is_dir():
+                        (links if entry.is_symlink() else folders).append(inner)
+                        continue
+                    found = judge_name(ImageFile(inner, Path(entry.path)))
+                    if isinstance(found, ImageFile):
+                        files.append(found)
+                    elif found is not None:
+                        yield found
+        except OSError as error:
+            yield unreadable(folder, f"cannot be listed ({error.strerror})")
+    files.sort(key=lambda file: [*((1, part) for part in file.parts[:-1]), (0, file.parts[-1])])
+    yield from files

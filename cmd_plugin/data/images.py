@@ -26,7 +26,7 @@ _STATISTICS_SAMPLE = 4096
 
 
 class ImageStore(Protocol):
-    """A set of equally large images that can be read by index."""
+    """A set of images that can be read by index; only equally large ones can be read together."""
 
     in_memory: bool
 
@@ -47,7 +47,7 @@ class MemoryImages:
     """Images held as one tensor.
 
     Args:
-        pixels: Shape [N, C, H, W]; uint8 in 0..255, or float32 in [0, 1].
+        pixels: Shape [N, C, H, W]; uint8 in 0..255, or float in [0, 1].
         size: Height and width to resize to while reading (bilinear, antialiased); `None` keeps the
             size.
     """
@@ -65,11 +65,10 @@ class MemoryImages:
     def read(self, indices: Tensor) -> Tensor:
         """Images as float32 in [0, 1], shape [B, C, H, W]."""
         images = self.pixels[indices]
-        if images.dtype == torch.uint8:
-            images = images.float().mul_(1.0 / 255.0)
+        images = images.float().mul_(1.0 / 255.0) if images.dtype == torch.uint8 else images.float()
         if self.size is not None:
             images = interpolate(images, self.size, mode="bilinear", antialias=True)
-        return images
+        return images.contiguous()
 
     def select(self, indices: Tensor) -> MemoryImages:
         """The chosen images, copied."""

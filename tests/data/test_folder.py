@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmd_plugin.data import LabelledImages, load_dataset
+from cmd_plugin.data import LabelledImages, ReadLimits, load_dataset
 from cmd_plugin.data.folder import read_folder
 from cmd_plugin.errors import InputError
 
@@ -166,7 +166,7 @@ def test_a_collection_above_the_memory_limit_stays_on_disk(
     if as_archive:
         root = to_tar(tmp_path / "x.tar", files, "w")
     held = read_folder(root)
-    streamed = read_folder(root, memory_limit=50)
+    streamed = read_folder(root, limits=ReadLimits(memory_bytes=50))
     assert held.images.in_memory
     assert not streamed.images.in_memory
     everything = torch.arange(9)
@@ -180,7 +180,7 @@ def test_a_collection_above_the_memory_limit_stays_on_disk(
 def test_a_compressed_archive_above_the_memory_limit(tmp_path: Path) -> None:
     path = to_tar(tmp_path / "x.tar.gz", tree(cat=5, dog=4))
     with pytest.raises(InputError, match="compressed archive too large"):
-        read_folder(path, memory_limit=50)
+        read_folder(path, limits=ReadLimits(memory_bytes=50))
 
 
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:
