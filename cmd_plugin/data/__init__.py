@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cmd_plugin.data.images import LabelledImages as LabelledImages
     from cmd_plugin.data.images import make_loader as make_loader
     from cmd_plugin.data.limits import ReadLimits as ReadLimits
-    from cmd_plugin.data.order import natural_key as natural_key
+    from cmd_plugin.data.names import DATASETS as DATASETS
     from cmd_plugin.data.read import read_images as read_images
 
 __all__ = [
@@ -28,14 +28,11 @@ __all__ = [
     "ReadLimits",
     "load_dataset",
     "make_loader",
-    "natural_key",
     "read_images",
 ]
 
-DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "folder")
-"""What :func:`load_dataset` knows; here, so that options can be checked without importing torch."""
-
 _HOMES = {
+    "DATASETS": "names",
     "EpochShuffle": "images",
     "ImageData": "datasets",
     "ImageSet": "collection",
@@ -43,7 +40,6 @@ _HOMES = {
     "ReadLimits": "limits",
     "load_dataset": "datasets",
     "make_loader": "images",
-    "natural_key": "order",
     "read_images": "read",
 }
 

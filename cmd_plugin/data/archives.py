@@ -42,6 +42,9 @@ _DECOMPRESSORS: dict[bytes, Any] = {
     b"\xfd7zXZ": lzma.open,
 }
 
+_HEADER_BYTES = 1024**2
+"""More than the headers of one member of a tar archive ever have."""
+
 _ZIP_HEADER = struct.Struct("<26sHH")
 """What precedes a member's data: up to the lengths of its name and of the extra field."""
 
@@ -136,11 +139,8 @@ class _Unpacked:
         if self.position > self.most:
             raise _grows_too_much(self.root, self.limits)
         # tarfile holds a header in memory, and an extended one may be of any size.
-        if self.position > self.next_header + self.limits.file_bytes + tarfile.RECORDSIZE:
-            raise tarfile.ReadError(
-                f"a header has more than the {self.limits.file_bytes} bytes allowed by "
-                "ReadLimits.file_bytes"
-            )
+        if self.position > self.next_header + _HEADER_BYTES:
+            raise tarfile.ReadError(f"one of its headers has more than {_HEADER_BYTES} bytes")
         return data
 
 
@@ -202,23 +202,24 @@ def _judge_member(file: ImageFile, member: tarfile.TarInfo) -> Found | None:
 
 def _walk_zip(root: Path, limits: ReadLimits) -> Iterator[Found]:
     with zipfile.ZipFile(root) as archive, root.open("rb") as raw:
-        members = [member for member in archive.infolist() if not member.is_dir()]
-        if sum(m.file_size for m in members) > root.stat().st_size + limits.archive_bytes:
+        found = [(m, _judge_zip_member(m, root)) for m in archive.infolist() if not m.is_dir()]
+        unpacked = sum(member.file_size for member, f in found if isinstance(f, ImageFile))
+        if unpacked > root.stat().st_size + limits.archive_bytes:
             raise _grows_too_much(root, limits)
-        for member in members:
-            # Some packers for Windows write backslashes.
-            parts = _parts(member.filename.replace("\\", "/"))
-            span = Span(0, member.compress_size, member.file_size)
-            found = judge_name(ImageFile(parts, root, span))
-            if isinstance(found, ImageFile):
-                found = _find_in_zip(found, member, raw, limits)
-            if found is not None:
-                yield found
+        for member, file in found:
+            if isinstance(file, ImageFile):
+                yield _find_in_zip(file, member, raw)
+            elif file is not None:
+                yield file
 
 
-def _find_in_zip(
-    file: ImageFile, member: zipfile.ZipInfo, raw: IO[bytes], limits: ReadLimits
-) -> Found:
+def _judge_zip_member(member: zipfile.ZipInfo, root: Path) -> Found | None:
+    # Some packers for Windows write backslashes.
+    parts = _parts(member.filename.replace("\\", "/"))
+    return judge_name(ImageFile(parts, root, Span(0, member.compress_size, member.file_size)))
+
+
+def _find_in_zip(file: ImageFile, member: zipfile.ZipInfo, raw: IO[bytes]) -> Found:
     """The file with its place in the archive, so that no directory is read again to find it."""
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind not in (0, stat.S_IFREG):
@@ -228,8 +229,6 @@ def _find_in_zip(
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         method = f"is packed with method {member.compress_type}, which is not read"
         return unreadable(file, method, "unpack the archive to a folder")
-    if max(member.file_size, member.compress_size) > limits.file_bytes:
-        return too_many_bytes(file, max(member.file_size, member.compress_size), limits)
     raw.seek(member.header_offset)
     header = raw.read(_ZIP_HEADER.size)
     if len(header) < _ZIP_HEADER.size or not header.startswith(b"PK\3\4"):

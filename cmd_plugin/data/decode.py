@@ -90,7 +90,7 @@ def _opened(file: ImageFile, limits: ReadLimits) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise unreadable(
             file,
-            "has more pixels than Pillow allows",
+            f"is too large ({str(error).partition(', could')[0]})",
             "remove it or raise PIL.Image.MAX_IMAGE_PIXELS and ReadLimits.image_pixels",
         ) from error
     except Exception as error:  # decoders meet damaged bytes with almost any exception

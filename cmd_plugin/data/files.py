@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -112,11 +113,11 @@ class ImageFile:
             status = self.source.stat()
             if not stat.S_ISREG(status.st_mode):
                 raise unreadable(self, "is not a regular file (a pipe, socket or device)")
-            if self.span is not None:
-                return io.BytesIO(self._unpack(self.span))
-            if status.st_size > limits.file_bytes:
-                raise too_many_bytes(self, status.st_size, limits)
-            return self.source.open("rb")
+            span = self.span
+            size = status.st_size if span is None else max(span.length, span.size)
+            if size > limits.file_bytes:
+                raise too_many_bytes(self, size, limits)
+            return self.source.open("rb") if span is None else io.BytesIO(self._unpack(span))
         except OSError as error:
             raise unreadable(self, f"cannot be read ({error.strerror})") from error
 
@@ -173,11 +174,19 @@ def judge_name(file: ImageFile) -> Found | None:
     ending = PurePath(file.parts[-1]).suffix.lower()
     if ending in _OTHER_ENDINGS:
         return Skipped(file.label, f"is of a format that is not read ({ending}): convert it to PNG")
-    return file if ending in IMAGE_ENDINGS else None
+    return file if is_image_name(file.parts[-1]) else None
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        # A link to itself leads nowhere; what cannot be looked at is reported when it is listed.
+        return error.errno != errno.ELOOP
 
 
 def walk_folder(root: Path) -> Iterator[Found]:
@@ -208,7 +217,7 @@ def walk_folder(root: Path) -> Iterator[Found]:
                     inner = (*parts, entry.name)
                     if _is_hidden(entry.name):
                         continue
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         (links if entry.is_symlink() else folders).append(inner)
                         continue
                     found = judge_name(ImageFile(inner, Path(entry.path)))

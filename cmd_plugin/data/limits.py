@@ -27,7 +27,7 @@ class ReadLimits:
     """
 
     image_pixels: int = 89_478_485
-    file_bytes: int = 512 * 1024**2
+    file_bytes: int = 256 * 1024**2
     archive_bytes: int = 2 * 1024**3
     memory_bytes: int = 2 * 1024**3
 

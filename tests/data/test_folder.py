@@ -9,46 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import encoded, to_folder, to_tar, tree
 from PIL import Image
 
 from cmd_plugin.data import LabelledImages, ReadLimits, load_dataset
 from cmd_plugin.data.folder import read_folder
 from cmd_plugin.errors import InputError
-
-
-def encoded(
-    value: int, mode: str = "L", size: tuple[int, int] = (6, 4), kind: str = "PNG"
-) -> bytes:
-    stream = io.BytesIO()
-    Image.new(mode, size, value if mode != "RGB" else (value, 0, 0)).save(stream, kind)
-    return stream.getvalue()
-
-
-def tree(**counts: int) -> dict[str, bytes]:
-    """Files of a collection: `train_cat=3` makes train/cat/0.png ... with brightness 0, 1, 2."""
-    return {
-        f"{name.replace('_', '/')}/{index}.png": encoded(index)
-        for name, count in counts.items()
-        for index in range(count)
-    }
-
-
-def to_folder(root: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return root
-
-
-def to_tar(path: Path, files: dict[str, bytes], mode: str = "w:gz") -> Path:
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
-
 
 SPLIT = {"train_cat": 3, "train_dog": 2, "test_cat": 1, "test_dog": 2}
 
