@@ -23,6 +23,7 @@ from cmd_plugin.data.files import (
     ImageFile,
     Skipped,
     Span,
+    explain,
     judge_name,
     too_many_bytes,
     unreadable,
@@ -95,9 +96,8 @@ def _guarded(found: Iterator[Found], root: Path, kind: str) -> Iterator[Found]:
     except InputError:
         raise
     except Exception as error:  # the readers meet damaged bytes with almost any exception
-        reason = str(error) or type(error).__name__
         raise InputError(
-            f"{root} is not a readable {kind} archive ({reason}): make or copy it again."
+            f"{root} is not a readable {kind} archive ({explain(error)}): make or copy it again."
         ) from error
 
 

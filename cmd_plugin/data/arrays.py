@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmd_plugin.data.collection import ImageSet
+from cmd_plugin.data.files import explain
 from cmd_plugin.data.images import MemoryImages
 from cmd_plugin.data.limits import ReadLimits
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
@@ -57,9 +58,8 @@ def read_array(
     except InputError:
         raise
     except Exception as error:  # damaged files end in almost any exception
-        reason = str(error) or type(error).__name__
         raise InputError(
-            f"{path} is not a readable array file ({reason}): make or copy it again."
+            f"{path} is not a readable array file ({explain(error)}): make or copy it again."
         ) from error
 
     pixels = _arrange(images, path)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from cmd_plugin.data.files import ImageFile, unreadable
+from cmd_plugin.data.files import ImageFile, explain, unreadable
 from cmd_plugin.data.limits import ReadLimits
 from cmd_plugin.errors import InputError
 
@@ -94,8 +94,7 @@ def _opened(file: ImageFile, limits: ReadLimits) -> Iterator[Image.Image]:
             "remove it or raise PIL.Image.MAX_IMAGE_PIXELS and ReadLimits.image_pixels",
         ) from error
     except Exception as error:  # decoders meet damaged bytes with almost any exception
-        reason = str(error).split("<_io", maxsplit=1)[0].strip() or type(error).__name__
-        raise unreadable(file, f"is not a readable image ({reason})") from error
+        raise unreadable(file, f"is not a readable image ({explain(error)})") from error
 
 
 def _check_header(image: Image.Image, file: ImageFile, limits: ReadLimits) -> None:

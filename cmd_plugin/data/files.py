@@ -21,6 +21,7 @@ __all__ = [
     "Skipped",
     "Span",
     "Unreadable",
+    "explain",
     "is_image_name",
     "judge_name",
     "too_many_bytes",
@@ -145,6 +146,12 @@ def unreadable(file: ImageFile, reason: str, advice: str = "replace or remove it
     return error
 
 
+def explain(error: Exception) -> str:
+    """What a library said of damaged bytes, to stand inside a sentence of ours."""
+    said = " ".join(str(error).split()).split("<_io")[0].split(". ")[0].rstrip(" .:")
+    return said[:200] or type(error).__name__
+
+
 def too_many_bytes(file: ImageFile, size: int, limits: ReadLimits) -> Unreadable:
     """The exception for an encoded image that is larger than the caller allows."""
     return unreadable(
@@ -156,7 +163,7 @@ def too_many_bytes(file: ImageFile, size: int, limits: ReadLimits) -> Unreadable
 
 def _printable(text: str) -> str:
     """File names that are not UTF-8 could not be written to any table."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def is_image_name(name: str) -> bool:

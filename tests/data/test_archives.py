@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_files import encoded, noise, to_tar, to_zip, tree
 
 from cmd_plugin.data import ReadLimits, read_images
 from cmd_plugin.data.archives import walk
 from cmd_plugin.data.files import Found, ImageFile, Skipped, Unreadable
 from cmd_plugin.data.limits import DEFAULT_LIMITS
 from cmd_plugin.errors import InputError
+from tests.helpers.image_files import encoded, noise, to_tar, to_zip, tree
 
 FILES = {f"{name}.png": noise(name) for name in range(4)}
 PACKED = {"x.tar": "w", "x.tar.gz": "w:gz", "x.tar.bz2": "w:bz2", "x.tar.xz": "w:xz"}

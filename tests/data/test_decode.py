@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import encoded, noise, tiff
 from PIL import Image
 
 from cmd_plugin.data import ReadLimits
@@ -18,6 +17,7 @@ from cmd_plugin.data.decode import FileImages, decode, read_header
 from cmd_plugin.data.files import ImageFile, Unreadable
 from cmd_plugin.data.limits import DEFAULT_LIMITS
 from cmd_plugin.errors import InputError
+from tests.helpers.image_files import encoded, noise, tiff
 
 
 def in_memory(data: bytes, name: str = "x.png") -> ImageFile:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import encoded, to_folder, to_tar, tree
 from PIL import Image
 
-from cmd_plugin.data import LabelledImages, ReadLimits, load_dataset
+from cmd_plugin.data import LabelledImages, ReadLimits, load_dataset, make_loader
 from cmd_plugin.data.folder import read_folder
 from cmd_plugin.errors import InputError
+from tests.helpers.image_files import encoded, to_folder, to_tar, tree
 
 SPLIT = {"train_cat": 3, "train_dog": 2, "test_cat": 1, "test_dog": 2}
 
@@ -191,11 +191,29 @@ def test_a_damaged_archive_is_named(tmp_path: Path, name: str) -> None:
         ),
         ({"cow/readme.md": b"", **tree(cat=2, dog=2)}, "cow holds no images"),
         ({"train/cow/x.md": b"", **tree(**SPLIT)}, "cow holds no images"),
+        ({"test/x.md": b"", **tree(train_cat=2, train_dog=2)}, "test holds no images"),
     ],
 )
 def test_unusable_collections(tmp_path: Path, files: dict[str, bytes], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         read_folder(to_folder(tmp_path, files))
+
+
+def test_images_beside_the_two_parts_of_a_split_are_listed(tmp_path: Path) -> None:
+    files = {**tree(**SPLIT, extra_cat=1), "logo.png": encoded(0)}
+    found = read_folder(to_folder(tmp_path, files))
+    assert len(found.names) == 8
+    assert [item.name for item in found.skipped] == ["logo.png", "extra/cat/0.png"]
+    assert {item.reason for item in found.skipped} == {"lies in neither part of the split"}
+
+
+def test_workers_of_a_loader_read_what_is_not_held(tmp_path: Path) -> None:
+    path = to_tar(tmp_path / "x.tar", tree(cat=5, dog=4), "w")
+    data = load_dataset("folder", data_root=path, limits=ReadLimits(memory_bytes=50))
+    assert isinstance(data.train, LabelledImages)
+    expected = [data.train[index][0] for index in range(len(data.train))]
+    read = torch.cat([images for images, _ in make_loader(data.train, 3)])
+    assert torch.equal(read, torch.stack(expected))
 
 
 def test_a_path_that_is_neither(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import encoded, noise, tiff, to_folder, to_tar, to_zip, tree
 
 from cmd_plugin.data import ImageSet, ReadLimits, read_images
 from cmd_plugin.errors import InputError
+from tests.helpers.image_files import encoded, noise, tiff, to_folder, to_tar, to_zip, tree
 
 NUMBERED = {f"{number}.png": encoded(number) for number in (1, 2, 3, 10, 11, 100)}
 SIZES = {f"{n}.png": noise(n, size=size) for n, size in ((1, (5, 9)), (2, (12, 4)), (3, (7, 7)))}
