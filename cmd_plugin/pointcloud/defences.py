@@ -23,8 +23,8 @@ from cmd_plugin.networks.measuring import undisturbed
 from cmd_plugin.pointcloud.clouds import PointClouds
 from cmd_plugin.pointcloud.epic import EPiC
 from cmd_plugin.pointcloud.outliers import statistical_outliers
-from cmd_plugin.pointcloud.partial_clouds import SIZES
-from cmd_plugin.pointcloud.refocus import (
+from cmd_plugin.pointcloud.partials import SIZES
+from cmd_plugin.pointcloud.refocusing import (
     importance_order,
     kept_mask,
     refocus,

@@ -206,7 +206,7 @@ def unusual_scores(seen: PointImportance, reference: FocusReference) -> dict[str
 
     Entropies, means and maxima depend on the number of points, so only clouds of the reference's
     size are taken: compare what this returns for clean and for other clouds with
-    :func:`cmd_plugin.pointcloud.outlier_metrics.separation`.
+    :func:`cmd_plugin.pointcloud.score_metrics.separation`.
 
     Args:
         seen: From :func:`point_importance` with a measure that counts, such as ``"critical++"``,

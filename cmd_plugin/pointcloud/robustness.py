@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmd_plugin.errors import InputError, NonFiniteError
 from cmd_plugin.pointcloud.clouds import PointClouds
-from cmd_plugin.pointcloud.corruption_error import CorruptionError, CorruptionErrors, Rounding
+from cmd_plugin.pointcloud.corruption_error import CorruptionError, CorruptionErrors
 from cmd_plugin.pointcloud.corruptions import (
     CORRUPTIONS,
     LEVELS,
@@ -21,6 +21,7 @@ from cmd_plugin.pointcloud.corruptions import (
 )
 from cmd_plugin.pointcloud.diversity import Diversity, EnsembleDiversity
 from cmd_plugin.pointcloud.files import load_hdf5
+from cmd_plugin.pointcloud.names import Rounding
 
 __all__ = ["RobustnessReport", "corrupted_sets", "evaluate_corruptions", "released_sets"]
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from cmd_plugin import __version__
 from cmd_plugin.pointcloud import PointClouds, build_network
-from cmd_plugin.pointcloud.corruption_error import Rounding
 from cmd_plugin.pointcloud.defences import Defences, initial_defences, train_defences
+from cmd_plugin.pointcloud.names import Rounding
 from cmd_plugin.pointcloud.networks import NETWORKS
 from cmd_plugin.pointcloud.robustness import (
     CorruptedSet,
