@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from cmd_plugin.errors import InputError, MissingDependency
 from cmd_plugin.jobs.points.model import is_point_network, load_point_network
 from cmd_plugin.jobs.points.options import ExplainOptions
+from cmd_plugin.networks import load_weights, read_weights
 from cmd_plugin.pointcloud import build_network, point_importance, refocus, unit_sphere
+from cmd_plugin.pointcloud.axes import axis_doubt, axis_orders
 from cmd_plugin.pointcloud.files import load_cloud, load_voxels, voxel_clouds
 from cmd_plugin.pointcloud.plots import plot_views, write_view
-from cmd_plugin.pointcloud.weights import axis_doubt, axis_orders, load_weights, read_weights
 from cmd_plugin.runs.figures import save_figure
 from cmd_plugin.runs.job import Job
 from cmd_plugin.runs.progress import ReportProgress

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from torch import nn
 
 from cmd_plugin.errors import InputError
+from cmd_plugin.networks import load_weights
 from cmd_plugin.pointcloud.names import NETWORK_NAMES
 from cmd_plugin.pointcloud.networks import build_network
-from cmd_plugin.pointcloud.weights import load_weights
 from cmd_plugin.runs.tensors import Schema, read_schema
 
 __all__ = ["PointNetwork", "is_point_network", "load_point_network", "save_point_network"]

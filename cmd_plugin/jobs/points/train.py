@@ -21,6 +21,7 @@ from cmd_plugin.jobs.fitting import TrainingClock, diverged, finished_epochs, fi
 from cmd_plugin.jobs.points.data import load_point_data
 from cmd_plugin.jobs.points.model import PointNetwork, save_point_network
 from cmd_plugin.jobs.points.options import TrainOptions
+from cmd_plugin.networks import evaluate
 from cmd_plugin.pointcloud import PointClouds, build_network
 from cmd_plugin.runs.files import write_atomically
 from cmd_plugin.runs.job import Job
@@ -28,7 +29,6 @@ from cmd_plugin.runs.process import check_accelerator, own_random_state, own_thr
 from cmd_plugin.runs.progress import ReportProgress
 from cmd_plugin.runs.result import Result
 from cmd_plugin.runs.table import Table
-from cmd_plugin.training.evaluation import evaluate
 
 __all__ = ["run"]
 
