@@ -55,8 +55,8 @@ from cmd_plugin.pointcloud import (
 )
 from cmd_plugin.pointcloud.files import load_voxels, voxel_clouds
 from cmd_plugin.pointcloud.networks import DGCNN, PointNet
-from cmd_plugin.pointcloud.outlier_metrics import ScoreAUROC
-from cmd_plugin.pointcloud.refocus import run_on
+from cmd_plugin.pointcloud.refocusing import run_on
+from cmd_plugin.pointcloud.score_metrics import ScoreAUROC
 
 CLASSES = {"chair": 8, "monitor": 22}  # their numbers in ModelNet40
 POINTS = 1024

@@ -25,7 +25,7 @@ from cmd_plugin.pointcloud import (
 )
 from cmd_plugin.pointcloud.axes import axis_doubt, axis_orders
 from cmd_plugin.pointcloud.files import resampled, voxel_clouds
-from cmd_plugin.pointcloud.outlier_metrics import ScoreAUROC
+from cmd_plugin.pointcloud.score_metrics import ScoreAUROC
 
 __all__ = ["measure_axes", "measure_roughness", "measure_unusual"]
 

@@ -32,11 +32,12 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.machine import RESULTS, describe_machine
+from cmd_plugin.jobs.points.data import load_point_data
 from cmd_plugin.pointcloud.defences import scaled_sizes, train_defences
 from cmd_plugin.pointcloud.networks import DGCNN, PointNet
 from cmd_plugin.pointcloud.robustness import corrupted_sets, evaluate_corruptions
 from cmd_plugin.pointcloud.robustness_plots import draw_report
-from cmd_plugin.training.point_data import load_point_data
+from cmd_plugin.runs.figures import save_figure
 
 POINTS = 256  # in a cloud
 # Dropout of the published sizes starves layers this narrow.
@@ -294,7 +295,7 @@ def run_network(
                 cell, report = run_cell(network, data, seed, root, longer, bars)
                 cells.append(cell)
                 figure = draw_report(report, f"{network} on {data}, {POINTS} points, seed {seed}")
-                figure.savefig(RESULTS / f"{stem}_{data}.png")
+                save_figure(figure, RESULTS / f"{stem}_{data}.png")
                 save(path, settings, cells)
                 console.print(f"wrote {path}", highlight=False)
     return cells

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.machine import RESULTS, describe_machine
 from cmd_plugin.kernels import curve_walk, farthest_point_sampling, knn
-from cmd_plugin.pointcloud.partial_clouds import anchor_points, partial_positions
+from cmd_plugin.pointcloud.partials import anchor_points, partial_positions
 
 ANCHORS, SIZE, NEIGHBOURS = 4, 512, 20
 

@@ -17,6 +17,7 @@ from cmd_plugin.pointcloud import point_importance, uncritical_subset
 from cmd_plugin.pointcloud._interception import Forward, as_it_is
 from cmd_plugin.pointcloud.focus import focus_alarms
 from cmd_plugin.pointcloud.rotation import rotation_consistency
+from cmd_plugin.runs.figures import figure_style, new_figure, save_figure
 
 __all__ = ["PointImportanceMonitor"]
 
@@ -148,20 +149,19 @@ class PointImportanceMonitor(Callback):
                 add("importance/scores", share.float().cpu(), epoch, bins=_BINS)
 
     def _draw(self, trainer: Any, pl_module: Any, points: Tensor, epoch: int) -> None:
-        from matplotlib import pyplot as plt  # imported here: it costs half a second
+        from cmd_plugin.pointcloud.plots import plot_cloud  # matplotlib costs half a second
 
-        from cmd_plugin.pointcloud.plots import plot_cloud
-
-        seen = point_importance(pl_module, points[:4], forward=self.forward)
-        figure = plt.figure(figsize=(3.2 * len(points[:4]), 3.4), layout="constrained")
-        for number, cloud in enumerate(points[:4]):
-            axes = figure.add_subplot(1, len(points[:4]), number + 1, projection="3d")
-            plot_cloud(cloud, seen.display()[number], axes)
-        figure.suptitle(f"importance after epoch {epoch + 1}")
+        clouds = points[:4]
+        shown = point_importance(pl_module, clouds, forward=self.forward).display()
+        with figure_style():
+            figure = new_figure(3.2 * len(clouds), 3.4)
+            for number, cloud in enumerate(clouds):
+                axes = figure.add_subplot(1, len(clouds), number + 1, projection="3d")
+                plot_cloud(cloud, shown[number], axes)
+            figure.suptitle(f"importance after epoch {epoch + 1}")
         folder = Path(self.folder or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"importance_epoch={epoch:03d}.png", dpi=120)
-        plt.close(figure)
+        save_figure(figure, folder / f"importance_epoch={epoch:03d}.png")
 
     def _generator(self, epoch: int, batch: int) -> torch.Generator:
         state = np.random.SeedSequence([self.seed, epoch, batch + 1]).generate_state(1, np.uint64)

@@ -19,7 +19,7 @@ from cmd_plugin.errors import InputError
 from cmd_plugin.networks.measuring import undisturbed
 from cmd_plugin.pointcloud._interception import Forward, as_it_is
 from cmd_plugin.pointcloud.importance import point_importance
-from cmd_plugin.pointcloud.refocus import importance_order
+from cmd_plugin.pointcloud.refocusing import importance_order
 
 __all__ = [
     "Attack",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.pointcloud._interception import Forward, as_it_is
-from cmd_plugin.pointcloud.refocus import run_on
+from cmd_plugin.pointcloud.refocusing import run_on
 
 __all__ = ["AxisOrder", "axis_doubt", "axis_orders"]
 

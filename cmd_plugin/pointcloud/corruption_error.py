@@ -21,6 +21,7 @@ from torchmetrics import Metric
 
 from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.pointcloud.corruptions import CORRUPTIONS, LEVELS, Corruption
+from cmd_plugin.pointcloud.names import ROUNDINGS, Rounding
 
 __all__ = ["DGCNN_ACCURACY", "CorruptionError", "CorruptionErrors", "mean_corruption_error"]
 
@@ -36,7 +37,6 @@ DGCNN_ACCURACY: Mapping[str, float] = {
 }
 """Overall accuracy on ModelNet-C of the DGCNN that has mCE 1, as its authors published it."""
 
-Rounding = Literal["official", "exact"]
 _CLEAN = "clean"
 _ROWS = (*CORRUPTIONS, _CLEAN)
 
@@ -88,8 +88,8 @@ def mean_corruption_error(
         InputError: If a corruption is missing or unknown, an accuracy lies outside [0, 1], or the
             reference makes no or no fewer errors under a corruption than without.
     """
-    if rounding not in ("official", "exact"):
-        raise InputError(f"rounding must be official or exact, got {rounding!r}.")
+    if rounding not in ROUNDINGS:
+        raise InputError(f"rounding must be {' or '.join(ROUNDINGS)}, got {rounding!r}.")
 
     def rounded(value: float) -> float:
         return round(value, 3) if rounding == "official" else value

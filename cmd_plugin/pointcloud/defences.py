@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, StateMismatch
@@ -23,8 +21,8 @@ from cmd_plugin.networks.measuring import undisturbed
 from cmd_plugin.pointcloud.clouds import PointClouds
 from cmd_plugin.pointcloud.epic import EPiC
 from cmd_plugin.pointcloud.outliers import statistical_outliers
-from cmd_plugin.pointcloud.partial_clouds import SIZES
-from cmd_plugin.pointcloud.refocus import (
+from cmd_plugin.pointcloud.partials import SIZES
+from cmd_plugin.pointcloud.refocusing import (
     importance_order,
     kept_mask,
     refocus,
@@ -32,6 +30,7 @@ from cmd_plugin.pointcloud.refocus import (
     uncritical_subset,
 )
 from cmd_plugin.pointcloud.view_training import EPiCTraining, ViewTraining
+from cmd_plugin.runs.tensors import Schema
 
 __all__ = [
     "STAGES",
@@ -45,7 +44,7 @@ __all__ = [
 STAGES = ("plain", "ensemble", "subset")
 """What is trained one after the other; nothing is shared between them."""
 
-_SCHEMA = "cmd_plugin.pointcloud.Defences/1"
+_SCHEMA = Schema("defences", 1, "the networks of a robustness run")
 _POINTS = 1024  # clouds the published sizes are meant for
 _KEPT = 600
 _SPREAD = 64  # points that show a shape when spread over all of it
@@ -145,12 +144,12 @@ class Defences(nn.Module):
             path: The file.
             settings: What they were trained under, JSON-like.
             finished: Which of :data:`STAGES` are trained.
+
+        Raises:
+            InputError: If it cannot be written.
         """
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        about = {"schema": _SCHEMA, "settings": _text(settings), "finished": ",".join(finished)}
-        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-        save_file(tensors, str(temporary), about)
-        temporary.replace(path)
+        about = {"settings": _text(settings), "finished": ",".join(finished)}
+        _SCHEMA.save(path, self.state_dict(), about)
 
     def load(self, path: str | Path, settings: Mapping[str, object]) -> tuple[str, ...]:
         """Read what :meth:`save` wrote; return which of :data:`STAGES` are trained.
@@ -159,24 +158,25 @@ class Defences(nn.Module):
             InputError: If the file is missing, damaged or something else.
             StateMismatch: If it was trained under other settings.
         """
+        state, about = _SCHEMA.load(path)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("schema") != _SCHEMA:
-                    raise InputError(f"{path} holds no networks of a robustness run.")
-                if metadata["settings"] != _text(settings):
-                    raise StateMismatch(
-                        f"{path} was trained under {metadata['settings']}, asked for is "
-                        f"{_text(settings)}: use the same settings or another folder."
-                    )
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no dict
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read ({error}): train again.") from error
-        try:
-            self.load_state_dict(state)
-        except RuntimeError as error:
-            raise StateMismatch(f"{path} holds other networks: {error}") from error
-        return tuple(stage for stage in STAGES if stage in metadata["finished"].split(","))
+            then = dict(json.loads(about["settings"]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged (its settings): copy or make it again.") from error
+        now = json.loads(_text(settings))
+        for name in sorted({*then, *now}):
+            if then.get(name) != now.get(name):
+                raise StateMismatch(
+                    f"{path} was trained under {name}={then.get(name)}, asked for is "
+                    f"{now.get(name)}: use the same settings, or train anew in another folder."
+                )
+        own = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        if own != {name: tensor.shape for name, tensor in state.items()}:
+            raise StateMismatch(
+                f"{path} holds other networks: names or shapes of their weights differ."
+            )
+        self.load_state_dict(state)
+        return tuple(stage for stage in STAGES if stage in about.get("finished", "").split(","))
 
 
 def _text(settings: Mapping[str, object]) -> str:

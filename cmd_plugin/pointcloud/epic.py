@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.kernels.counter_random import check_seed, sample_index
-from cmd_plugin.pointcloud.partial_clouds import (
+from cmd_plugin.pointcloud.partials import (
     SIZES,
     VIEWS,
     View,

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError, StateMismatch
 from cmd_plugin.pointcloud.importance import PointImportance
+from cmd_plugin.runs.tensors import Schema
 
 __all__ = ["FocusReference", "focus_alarms", "gini", "unusual_scores"]
 
 _BINS = 1 << 16
-_SCHEMA = "cmd_plugin.pointcloud.FocusReference/1"
+_SCHEMA = Schema("focus-reference", 1, "a FocusReference")
 
 
 class FocusReference:
@@ -106,21 +105,27 @@ class FocusReference:
         """Take the state of another reference.
 
         Raises:
-            StateMismatch: If it does not fit.
+            StateMismatch: If it does not fit; nothing has changed then.
         """
-        histogram = state.get("histogram")
-        if not isinstance(histogram, Tensor) or histogram.shape != (_BINS,):
+        points, histogram = state.get("points"), state.get("histogram")
+        if (
+            not isinstance(points, int)
+            or points < 1
+            or not isinstance(histogram, Tensor)
+            or histogram.shape != (_BINS,)
+            or histogram.dtype != torch.int64
+            or bool((histogram < 0).any())
+        ):
             raise StateMismatch("this is not the state of a FocusReference.")
-        self.points = int(state["points"])
-        self.histogram = histogram.to(torch.int64).clone()
+        self.points, self.histogram = points, histogram.cpu().clone()
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
-        save_file(
-            {"histogram": self.histogram},
-            str(path),
-            {"schema": _SCHEMA, "points": str(self.points)},
-        )
+        """Write a safetensors file.
+
+        Raises:
+            InputError: If it cannot be written.
+        """
+        _SCHEMA.save(path, {"histogram": self.histogram}, {"points": str(self.points)})
 
     @classmethod
     def load(cls, path: str | Path) -> FocusReference:
@@ -129,15 +134,13 @@ class FocusReference:
         Raises:
             InputError: If the file is missing, damaged or something else.
         """
+        tensors, about = _SCHEMA.load(path)
+        points = about.get("points", "")
+        reference = cls(1)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("schema") != _SCHEMA:
-                    raise InputError(f"{path} holds no FocusReference: save one with its save().")
-                reference = cls(int(metadata["points"]))
-                reference.histogram = file.get_tensor("histogram")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read ({error}): check the path.") from error
+            reference.load_state_dict({"points": int(points), **tensors})
+        except ValueError as error:  # StateMismatch is one, and what int() raises
+            raise InputError(f"{path} is damaged ({error}): make it again.") from error
         return reference
 
 
@@ -206,7 +209,7 @@ def unusual_scores(seen: PointImportance, reference: FocusReference) -> dict[str
 
     Entropies, means and maxima depend on the number of points, so only clouds of the reference's
     size are taken: compare what this returns for clean and for other clouds with
-    :func:`cmd_plugin.pointcloud.outlier_metrics.separation`.
+    :func:`cmd_plugin.pointcloud.score_metrics.separation`.
 
     Args:
         seen: From :func:`point_importance` with a measure that counts, such as ``"critical++"``,

@@ -28,11 +28,9 @@ from cmd_plugin.pointcloud._interception import (
     scores_of,
 )
 from cmd_plugin.pointcloud._pools import Pool, Tap, Watch
+from cmd_plugin.pointcloud.names import MEASURES, Measure
 
-__all__ = ["MEASURES", "ImportanceHead", "Measure", "PointImportance", "point_importance"]
-
-Measure = Literal["fbi", "critical", "critical++", "entropy"]
-MEASURES = ("fbi", "critical", "critical++", "entropy")
+__all__ = ["ImportanceHead", "PointImportance", "point_importance"]
 
 _FEW = 16  # channels
 

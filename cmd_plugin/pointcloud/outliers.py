@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cmd_plugin.errors import InputError
 from cmd_plugin.pointcloud._interception import Forward, as_it_is
 from cmd_plugin.pointcloud.importance import point_importance
-from cmd_plugin.pointcloud.refocus import importance_order, kept_count, kept_mask
+from cmd_plugin.pointcloud.refocusing import importance_order, kept_count, kept_mask
 
 __all__ = ["remove_outliers", "statistical_outliers", "statistical_scores"]
 

@@ -12,13 +12,13 @@ import numpy as np
 from torch import Tensor
 
 from cmd_plugin.errors import ShapeError, require
+from cmd_plugin.runs.figures import SEQUENTIAL, figure_style, new_figure, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["plot_cloud", "plot_views", "write_view"]
 
-_COLOURS = "viridis"
 _ELEVATION, _AZIMUTH = 20.0, -60.0  # degrees from which both pictures look
 _DISTANCE = 1.75  # of the page's camera, in sizes of the cloud
 
@@ -42,7 +42,13 @@ def plot_cloud(points: Tensor, scores: Tensor, ax: Any, *, up: int = 2) -> Any:
     order = np.argsort(values, kind="stable")
     places, values = places[order], values[order]
     drawn = ax.scatter(
-        *places.T, c=values, cmap=_COLOURS, vmin=0.0, vmax=1.0, s=3.0 + 12.0 * values, linewidths=0
+        *places.T,
+        c=values,
+        cmap=SEQUENTIAL,
+        vmin=0.0,
+        vmax=1.0,
+        s=3.0 + 12.0 * values,
+        linewidths=0,
     )
     middle = (places.max(axis=0) + places.min(axis=0)) / 2
     reach = float((places.max(axis=0) - places.min(axis=0)).max()) / 2 or 1.0
@@ -65,18 +71,17 @@ def plot_views(
         title: Above all of them.
         up: Which axis of the cloud points up, 0 to 2.
     """
-    from matplotlib import pyplot as plt  # imported here: it costs half a second
-
-    figure = plt.figure(figsize=(4.2 * len(scores) + 0.8, 4.4), layout="constrained")
-    drawn, axes = None, []
-    for number, (name, values) in enumerate(scores.items()):
-        ax = figure.add_subplot(1, len(scores), number + 1, projection="3d")
-        drawn = plot_cloud(points, values, ax, up=up)
-        ax.set_title(name, fontsize="medium")
-        axes.append(ax)
-    if drawn is not None:
-        figure.colorbar(drawn, ax=axes, shrink=0.7, label="importance, largest = 1")
-    figure.suptitle(title)
+    with figure_style():
+        figure = new_figure(4.2 * len(scores) + 0.8, 4.4)
+        drawn, panels = None, []
+        for number, (name, values) in enumerate(scores.items(), 1):
+            ax = figure.add_subplot(1, len(scores), number, projection="3d")
+            drawn = plot_cloud(points, values, ax, up=up)
+            ax.set_title(name)
+            panels.append(ax)
+        if drawn is not None:
+            figure.colorbar(drawn, ax=panels, shrink=0.7, label="importance, largest = 1")
+        figure.suptitle(title)
     return figure
 
 
@@ -103,6 +108,7 @@ def write_view(
     Raises:
         MissingDependency: If plotly is not installed.
         ShapeError: If points and scores do not fit.
+        InputError: If the page cannot be written.
     """
     graphs = require("plotly.graph_objects", "points")
     traces: list[Any] = []
@@ -126,7 +132,7 @@ def write_view(
                 marker={
                     "size": 3.5 + 5.0 * share,
                     "color": share,
-                    "colorscale": _COLOURS.capitalize(),
+                    "colorscale": SEQUENTIAL.capitalize(),
                     "cmin": 0.0,
                     "cmax": 1.0,
                     "colorbar": {
@@ -176,14 +182,7 @@ def write_view(
         ],
     )
     plot = figure.to_html(include_plotlyjs=True, full_html=False, default_height="100vh")
-    # A frame of our own: plotly's has no title, and a margin that makes the page scroll.
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{html.escape(title) or 'Point importance'}</title>\n"
-        "<style>body { margin: 0; overflow: hidden; }</style>\n</head>\n"
-        f"<body>\n{plot}\n</body>\n</html>\n"
-    )
-    Path(path).write_text(page, encoding="utf-8")
+    write_page(path, title or "Point importance", [plot], fill=True)
 
 
 def _checked(points: Tensor, scores: Tensor, up: int) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmd_plugin.errors import InputError, NonFiniteError
 from cmd_plugin.pointcloud.clouds import PointClouds
-from cmd_plugin.pointcloud.corruption_error import CorruptionError, CorruptionErrors, Rounding
+from cmd_plugin.pointcloud.corruption_error import CorruptionError, CorruptionErrors
 from cmd_plugin.pointcloud.corruptions import (
     CORRUPTIONS,
     LEVELS,
@@ -21,8 +21,12 @@ from cmd_plugin.pointcloud.corruptions import (
 )
 from cmd_plugin.pointcloud.diversity import Diversity, EnsembleDiversity
 from cmd_plugin.pointcloud.files import load_hdf5
+from cmd_plugin.pointcloud.names import Rounding
 
-__all__ = ["RobustnessReport", "corrupted_sets", "evaluate_corruptions", "released_sets"]
+__all__ = ["SETS", "RobustnessReport", "corrupted_sets", "evaluate_corruptions", "released_sets"]
+
+SETS = 1 + len(CORRUPTIONS) * LEVELS
+"""How many sets a table is made of: the clean one, and seven corruptions at five levels."""
 
 CorruptedSet = tuple[str, int, PointClouds]
 Panel = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
@@ -120,26 +124,31 @@ def corrupted_sets(data: PointClouds, *, seed: int = 0) -> Iterator[CorruptedSet
 
 
 def released_sets(folder: str | Path, classes: Sequence[str]) -> Iterator[CorruptedSet]:
-    """Yield the clean and the 35 corrupted sets of the released ModelNet-C, one at a time.
+    """Return the clean and the 35 corrupted sets of the released ModelNet-C, read one at a time.
 
     Args:
         folder: Where ``clean.h5``, ``scale_0.h5``, ..., ``dropout_local_4.h5`` lie.
         classes: Class names, in the order of the labels.
 
-    Yields:
-        (name of the corruption or ``"clean"``, level, clouds).
+    Returns:
+        Yields (name of the corruption or ``"clean"``, level, clouds).
 
     Raises:
-        InputError: If a file is missing or damaged.
-        MissingDependency: If h5py is not installed.
+        InputError: If a file is missing; while they are read, if one is damaged.
+        MissingDependency: While they are read, if h5py is not installed.
     """
     root = Path(folder)
-    yield "clean", 0, load_hdf5([root / "clean.h5"], classes=classes, name="ModelNet-C")
+    places = [("clean", 0, root / "clean.h5")]
     for corruption in CORRUPTIONS:
         released = corruption.replace("drop_", "dropout_")
-        for level in range(LEVELS):
-            path = root / f"{released}_{level}.h5"
-            yield corruption, level, load_hdf5([path], classes=classes, name="ModelNet-C")
+        places += [(corruption, n, root / f"{released}_{n}.h5") for n in range(LEVELS)]
+    for _, _, path in places:
+        if not path.is_file():
+            raise InputError(f"there is no file {path}: give the folder of all {SETS} files.")
+    return (
+        (corruption, level, load_hdf5([path], classes=classes, name="ModelNet-C"))
+        for corruption, level, path in places
+    )
 
 
 @torch.no_grad()
@@ -177,7 +186,6 @@ def evaluate_corruptions(
     tables: dict[str, CorruptionError] = {}
     spread: dict[str, dict[str, EnsembleDiversity]] = {name: {} for name in views or {}}
     sizes: set[int] = set()
-    total = 1 + len(CORRUPTIONS) * LEVELS
     for number, (corruption, level, data) in enumerate(sets, 1):
         sizes.add(len(data))
         for start in range(0, len(data), batch_size):
@@ -197,7 +205,7 @@ def evaluate_corruptions(
                         measure = spread[name].setdefault(what, _diversity(views, name))
                         measure.update(logits, labels)
         if progress is not None:
-            progress(number, total)
+            progress(number, SETS)
     if len(sizes) != 1:
         raise InputError(f"all sets must hold the same clouds, their sizes are {sorted(sizes)}.")
     return RobustnessReport(

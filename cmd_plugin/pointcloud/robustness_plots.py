@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 from cmd_plugin.pointcloud.corruptions import CORRUPTIONS, LEVELS
 from cmd_plugin.pointcloud.diversity import Diversity
 from cmd_plugin.pointcloud.robustness import RobustnessReport
+from cmd_plugin.runs.figures import SEQUENTIAL, colour, figure_style, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["draw_report", "plot_error_correlation", "plot_levels", "plot_mean_errors"]
-
-_COLOURS = ("0.35", "tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:red")
 
 
 def draw_report(report: RobustnessReport, title: str) -> Figure:
@@ -24,25 +23,22 @@ def draw_report(report: RobustnessReport, title: str) -> Figure:
         report: What to show.
         title: What was evaluated: network, data, seeds.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 9.5), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(3, 4)
-    places = [figure.add_subplot(grid[place // 4, place % 4]) for place in range(7)]
-    for corruption, axes in zip(CORRUPTIONS, places, strict=True):
-        plot_levels(report, corruption, axes)
-    handles, labels = places[0].get_legend_handles_labels()
-    key = figure.add_subplot(grid[1, 3])
-    key.axis("off")
-    key.legend(handles, labels, loc="center", frameon=False, fontsize=11)
-    plot_mean_errors(report, figure.add_subplot(grid[2, :2]))
-    if report.diversity:
-        row = list(report.diversity)[-1]
-        found = report.diversity[row]["all"]
-        plot_error_correlation(found, figure.add_subplot(grid[2, 2:]), row)
-    figure.suptitle(title)
+    with figure_style():
+        figure = new_figure(16, 9.5)
+        grid = figure.add_gridspec(3, 4)
+        places = [figure.add_subplot(grid[place // 4, place % 4]) for place in range(7)]
+        for corruption, axes in zip(CORRUPTIONS, places, strict=True):
+            plot_levels(report, corruption, axes)
+        handles, labels = places[0].get_legend_handles_labels()
+        key = figure.add_subplot(grid[1, 3])
+        key.axis("off")
+        key.legend(handles, labels, loc="center", frameon=False, fontsize=11)
+        plot_mean_errors(report, figure.add_subplot(grid[2, :2]))
+        if report.diversity:
+            row = list(report.diversity)[-1]
+            found = report.diversity[row]["all"]
+            plot_error_correlation(found, figure.add_subplot(grid[2, 2:]), row)
+        figure.suptitle(title)
     return figure
 
 
@@ -50,7 +46,7 @@ def plot_levels(report: RobustnessReport, corruption: str, axes: Axes) -> None:
     """Plot accuracy against level, from clean on, one line per row of the table."""
     for number, (name, table) in enumerate(report.accuracy.items()):
         values = [*table["clean"], *table[corruption]]
-        axes.plot(values, marker="o", ms=3, color=_COLOURS[number % len(_COLOURS)], label=name)
+        axes.plot(values, marker="o", ms=3, color=colour(number), label=name)
     axes.set_xticks(range(LEVELS + 1), ["clean", *map(str, range(LEVELS))])
     axes.set_ylim(0.0, 1.02)
     axes.set_title(corruption.replace("_", " "))
@@ -63,8 +59,7 @@ def plot_mean_errors(report: RobustnessReport, axes: Axes) -> None:
     """Plot mCE of every row as bars; the reference DGCNN on ModelNet-C has 1."""
     names = list(report.summaries)
     values = [report.summaries[name].mce for name in names]
-    colours = [_COLOURS[number % len(_COLOURS)] for number in range(len(names))]
-    bars = axes.barh(names, values, color=colours)
+    bars = axes.barh(names, values, color=[colour(number) for number in range(len(names))])
     axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.set_xlim(0, 1.15 * max(values) or 1.0)
     axes.invert_yaxis()
@@ -73,9 +68,9 @@ def plot_mean_errors(report: RobustnessReport, axes: Axes) -> None:
 
 def plot_error_correlation(found: Diversity, axes: Axes, title: str = "") -> None:
     """Plot the correlation of members' errors as a matrix; blank where it is not defined."""
-    image = axes.imshow(found.error_correlation.numpy(), vmin=0.0, vmax=1.0, cmap="viridis")
+    image = axes.imshow(found.error_correlation.numpy(), vmin=0.0, vmax=1.0, cmap=SEQUENTIAL)
     places = range(len(found.views))
     axes.set_xticks(places, found.views, rotation=90, fontsize=8)
     axes.set_yticks(places, found.views, fontsize=8)
-    axes.set_title(f"correlation of errors, {title}, all sets".replace(", ,", ","))
+    axes.set_title("\n".join(filter(None, ("correlation of errors, all sets", title))))
     axes.figure.colorbar(image, ax=axes, shrink=0.9)

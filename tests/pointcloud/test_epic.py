@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.pointcloud import EPiC, build_network
-from cmd_plugin.pointcloud.partial_clouds import anchor_points, partial_clouds
+from cmd_plugin.pointcloud.partials import anchor_points, partial_clouds
 
 SIZES = {"patch": 30, "curve": 40, "random": 20}
 

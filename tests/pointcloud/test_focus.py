@@ -23,6 +23,7 @@ from cmd_plugin.pointcloud import (
 )
 from cmd_plugin.pointcloud.focus import focus_alarms
 from cmd_plugin.pointcloud.rotation import rank_correlation, rotation_consistency, turned
+from cmd_plugin.runs.tensors import Schema
 
 BIN = 1 / 65536
 
@@ -74,11 +75,36 @@ def test_references_refuse_what_does_not_compare(tmp_path: Path) -> None:
         reference.load_state_dict({"points": 3})
     with pytest.raises(InputError, match="at least 1"):
         FocusReference(0)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="there is no file"):
         FocusReference.load(tmp_path / "nothing")
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(InputError, match="no FocusReference"):
+    with pytest.raises(InputError, match="not a FocusReference"):
         FocusReference.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("points", [None, "many", "0"])
+def test_a_file_that_does_not_fit_is_refused(points: str | None, tmp_path: Path) -> None:
+    about = {} if points is None else {"points": points}
+    Schema("focus-reference", 1, "a FocusReference").save(
+        tmp_path / "f.safetensors", {"histogram": FocusReference(3).histogram}, about
+    )
+    with pytest.raises(InputError, match="is damaged"):
+        FocusReference.load(tmp_path / "f.safetensors")
+
+
+def test_a_refused_state_changes_nothing() -> None:
+    reference = FocusReference(512)
+    reference.update(torch.tensor([0.5]))
+    fitting = reference.state_dict()
+    for wrong in (
+        {**fitting, "points": "512"},
+        {**fitting, "histogram": fitting["histogram"][1:]},
+        {**fitting, "histogram": fitting["histogram"].float()},
+        {**fitting, "histogram": fitting["histogram"] - 1},
+    ):
+        with pytest.raises(StateMismatch):
+            reference.load_state_dict(wrong)
+        assert (reference.points, reference.clouds) == (512, 1)
 
 
 def test_alarms_are_the_odd_ones() -> None:

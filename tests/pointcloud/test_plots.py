@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +66,14 @@ def test_scores_of_another_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match="scores"):
         write_view(tmp_path / "v.html", torch.rand(30, 3), {"fbi": torch.zeros(29)})
     assert not (tmp_path / "v.html").exists()
+
+
+def test_a_picture_needs_no_pyplot_and_shows_every_score() -> None:
+    code = """
+import sys, torch
+from cmd_plugin.pointcloud.plots import plot_views
+figure = plot_views(torch.rand(5, 3), {"fbi": torch.rand(5), "critical++": torch.rand(5)}, "mug")
+print("matplotlib.pyplot" in sys.modules, [axes.get_title() for axes in figure.axes])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False ['fbi', 'critical++', '']"

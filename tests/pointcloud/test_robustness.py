@@ -22,12 +22,14 @@ from cmd_plugin.pointcloud import (
     statistical_outliers,
 )
 from cmd_plugin.pointcloud.defences import (
+    _SCHEMA,
     initial_defences,
     repeated_to_size,
     scaled_sizes,
     train_defences,
 )
 from cmd_plugin.pointcloud.robustness import corrupted_sets, evaluate_corruptions
+from cmd_plugin.runs.tensors import read_schema
 
 
 def data(clouds: int = 12, points: int = 64) -> PointClouds:
@@ -223,11 +225,35 @@ def test_training_saving_and_loading(tmp_path: Path) -> None:
     assert start.load(path, {"seed": 0}) == ("plain", "ensemble", "subset")
     loaded = start(points, index)
     assert all(torch.equal(first[name], loaded[name]) for name in first)
-    with pytest.raises(StateMismatch, match="was trained under"):
+    with pytest.raises(StateMismatch, match="was trained under seed=0, asked for is 1"):
         start.load(path, {"seed": 1})
     other = initial_defences(lambda: build_network("pointnet", 2, 0.2), 64, seed=0)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(StateMismatch, match="other networks"):
         other.load(path, {"seed": 0})
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+    assert read_schema(path) == "cmd-plugin/defences/1"
     path.write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is damaged"):
         start.load(path, {"seed": 0})
+
+
+def test_networks_that_share_weights_are_kept_and_read_back(tmp_path: Path) -> None:
+    def attentive() -> nn.Module:
+        return build_network("pct", 2, 0.06)  # its queries and keys are one weight
+
+    kept, read = initial_defences(attentive, 64, seed=0), initial_defences(attentive, 64, seed=1)
+    kept.save(tmp_path / "n.safetensors", {}, finished=("plain",))
+    assert read.load(tmp_path / "n.safetensors", {}) == ("plain",)
+    for name, value in kept.state_dict().items():
+        assert torch.equal(read.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("settings", [None, "{", "3"])
+def test_a_file_without_its_settings_is_refused(settings: str | None, tmp_path: Path) -> None:
+    defences = initial_defences(make, 64, seed=0)
+    path = tmp_path / "n.safetensors"
+    about = {} if settings is None else {"settings": settings}
+    _SCHEMA.save(path, defences.state_dict(), about)
+    with pytest.raises(InputError, match="is damaged"):
+        defences.load(path, {})

@@ -9,12 +9,11 @@ import torch
 
 from cmd_plugin.data.splits import split_indices
 from cmd_plugin.errors import InputError
+from cmd_plugin.jobs.points.options import POINT_DATASETS
 from cmd_plugin.pointcloud import PointClouds, shape_clouds
 from cmd_plugin.pointcloud.files import load_hdf5, load_voxels, voxel_clouds
 
-__all__ = ["POINT_DATASETS", "load_point_data"]
-
-POINT_DATASETS = ("shapes", "chairs-monitors", "hdf5")
+__all__ = ["load_point_data"]
 
 _TEST_SHARE = 0.2
 

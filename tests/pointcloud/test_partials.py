@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
-from cmd_plugin.pointcloud.partial_clouds import (
+from cmd_plugin.pointcloud.partials import (
     VIEWS,
     View,
     anchor_points,

@@ -2,13 +2,12 @@
 
 AUROC, AUPR and FPR95 are torchmetrics' own. What is added is that any real-valued score is allowed
 (torchmetrics puts a sigmoid over scores outside [0, 1], where counts above 17 or so become one
-value in float32), and an interval from resampling whole clouds: points of one cloud are no
-independent observations.
+value in float32).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,18 +20,14 @@ from torchmetrics.classification import (
 )
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
-from cmd_plugin.kernels.counter_random import CounterRandom
 
 __all__ = [
     "FalsePositiveRate95",
     "ScoreAUPR",
     "ScoreAUROC",
-    "cloud_bootstrap",
     "outlier_metrics",
     "separation",
 ]
-
-_PURPOSE = 0x424F4F54
 
 
 def _unit(score: Tensor) -> Tensor:
@@ -99,50 +94,6 @@ def outlier_metrics(thresholds: int | None = None) -> MetricCollection:
         # which is right here as well and three times as cheap.
         compute_groups=[["AUROC", "AUPR", "FPR95"]],
     )
-
-
-def cloud_bootstrap(
-    measure: Callable[[Tensor, Tensor], Tensor],
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    rounds: int = 200,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return a percentile interval of a measure under resampling of clouds with replacement.
-
-    Args:
-        measure: Maps flattened scores and labels to a scalar, for example
-            ``torchmetrics.functional.classification.binary_auroc`` over scores in [0, 1].
-        scores: [B, N] one score per point, or [B] one per cloud.
-        labels: 0 or 1, of the same shape.
-        rounds: Number of resamples.
-        level: Coverage of the interval, in (0, 1).
-        seed: In [0, 2^63).
-
-    Returns:
-        Lower and upper end.
-
-    Raises:
-        ShapeError: If shapes differ.
-        InputError: If rounds or level make no interval.
-    """
-    if scores.shape != labels.shape or scores.ndim not in (1, 2) or not len(scores):
-        raise ShapeError(
-            "scores and labels must both be [B, N] or [B], got "
-            f"{tuple(scores.shape)} and {tuple(labels.shape)}."
-        )
-    if rounds < 2 or not 0.0 < level < 1.0:
-        raise InputError(f"rounds must be above 1 and level in (0, 1), got {rounds} and {level}.")
-    draws = CounterRandom(seed, torch.arange(rounds), _PURPOSE).integers(len(scores), len(scores))
-    values = [
-        float(measure(scores[pick].flatten(), labels[pick].flatten()))
-        for pick in draws.to(scores.device)
-    ]
-    ends = torch.tensor([(1.0 - level) / 2, (1.0 + level) / 2], dtype=torch.float64)
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(ends).tolist()
-    return low, high
 
 
 def separation(clean: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:

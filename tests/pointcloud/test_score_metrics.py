@@ -6,10 +6,9 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
-from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
-from cmd_plugin.pointcloud import cloud_bootstrap, outlier_metrics
+from cmd_plugin.errors import NonFiniteError
+from cmd_plugin.pointcloud import outlier_metrics
 
 
 def planted(batch: int = 12, points: int = 60, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -56,30 +55,8 @@ def test_binned_metrics_keep_constant_memory() -> None:
     assert metrics["AUROC"].confmat.shape == (200, 2, 2)
 
 
-def test_interval_resamples_whole_clouds() -> None:
-    scores, labels = planted(batch=40)
-
-    def auroc(part: Tensor, truth: Tensor) -> Tensor:
-        return binary_auroc(part.sigmoid(), truth)
-
-    low, high = cloud_bootstrap(auroc, scores, labels, rounds=100)
-    value = float(auroc(scores.flatten(), labels.flatten()))
-    assert low < value < high
-    assert cloud_bootstrap(auroc, scores, labels, rounds=100) == (low, high)
-    # Copies of one cloud differ in nothing, however many points they have.
-    same = cloud_bootstrap(auroc, scores[:1].repeat(8, 1), labels[:1].repeat(8, 1), rounds=10)
-    assert same[0] == pytest.approx(same[1], abs=1e-6)
-    clouds = cloud_bootstrap(lambda s, _: s.mean(), scores.mean(dim=1), labels[:, 0])
-    error = float(scores.mean(dim=1).std() / 40**0.5)
-    assert clouds[1] - clouds[0] == pytest.approx(2 * 1.96 * error, rel=0.25)
-
-
-def test_bad_input() -> None:
+def test_scores_that_are_not_finite_are_refused() -> None:
     scores, labels = planted()
-    with pytest.raises(ShapeError, match="scores and labels"):
-        cloud_bootstrap(binary_auroc, scores, labels[1:])
-    with pytest.raises(InputError, match="rounds"):
-        cloud_bootstrap(binary_auroc, scores, labels, rounds=1)
     scores[0, 0] = torch.inf
     with pytest.raises(NonFiniteError, match="1 NaN or infinite"):
         outlier_metrics().update(scores, labels)

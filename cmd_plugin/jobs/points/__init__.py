@@ -1,0 +1,1 @@
+"""``cmd-plugin points``: train a point network, compare its defences, see what it looks at."""

@@ -1,0 +1,81 @@
+"""The file in which ``points train`` keeps its network, for ``points explain`` and others."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from cmd_plugin.errors import InputError
+from cmd_plugin.networks import load_weights
+from cmd_plugin.pointcloud.names import NETWORK_NAMES
+from cmd_plugin.pointcloud.networks import build_network
+from cmd_plugin.runs.tensors import Schema, read_schema
+
+__all__ = ["PointNetwork", "is_point_network", "load_point_network", "save_point_network"]
+
+_SCHEMA = Schema("point-network", 1, "a network of `points train`")
+
+
+class PointNetwork(NamedTuple):
+    """A network, and what is to be known about it.
+
+    Attributes:
+        network: Maps clouds [B, N, 3] to class scores [B, classes].
+        model: Its name, one of :data:`cmd_plugin.pointcloud.names.NETWORK_NAMES`.
+        width: Multiplies every hidden width.
+        points: Points N in the clouds it was trained on.
+        classes: Name of each class.
+    """
+
+    network: nn.Module
+    model: str
+    width: float
+    points: int
+    classes: tuple[str, ...]
+
+
+def save_point_network(path: str | Path, trained: PointNetwork) -> None:
+    """Write weights as safetensors, with what is needed to build the network around them.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
+    about = {
+        "model": trained.model,
+        "width": repr(trained.width),
+        "points": str(trained.points),
+        "classes": json.dumps(trained.classes),
+    }
+    _SCHEMA.save(path, trained.network.state_dict(), about)
+
+
+def is_point_network(path: str | Path) -> bool:
+    """Whether :func:`save_point_network` wrote the file, which then says what network it holds.
+
+    Raises:
+        InputError: If it is a damaged safetensors file.
+    """
+    return Path(path).suffix == ".safetensors" and read_schema(path) == _SCHEMA.identity
+
+
+def load_point_network(path: str | Path) -> PointNetwork:
+    """Read what :func:`save_point_network` wrote; the network is in evaluation mode.
+
+    Raises:
+        InputError: If the file is missing, damaged or something else.
+    """
+    _, about = _SCHEMA.load(path)
+    try:
+        model, width, points = about["model"], float(about["width"]), int(about["points"])
+        classes = tuple(str(name) for name in json.loads(about["classes"]))
+        if model not in NETWORK_NAMES or not (0 < width < math.inf) or points < 1 or not classes:
+            raise ValueError("no such network")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}): copy or train it again.") from error
+    network = build_network(model, len(classes), width)
+    load_weights(network, path)
+    return PointNetwork(network.eval(), model, width, points, classes)
