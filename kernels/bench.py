@@ -16,7 +16,7 @@ from cmd_plugin.errors import InputError
 from cmd_plugin.kernels._dispatch import last_backend
 from cmd_plugin.kernels.bench_cases import CASES, Case, Problem
 
-__all__ = ["KERNELS", "measure_kernels"]
+__all__ = ["KERNELS", "choose_kernels", "find_device", "measure_kernels"]
 
 KERNELS = tuple(case.name for case in CASES)
 
@@ -56,25 +56,49 @@ def measure_kernels(
         InputError: If an argument is out of range, or there is no CUDA device where one was asked
             for.
     """
-    unknown = sorted({*names} - {*KERNELS})
-    if unknown:
-        raise InputError(f"unknown kernel {unknown[0]!r}: choose from {', '.join(KERNELS)}.")
     if size < 1000:
         raise InputError(f"size must be at least 1000 weights, got {size}.")
     if repeats < 1:
         raise InputError(f"repeats must be at least 1, got {repeats}.")
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu or cuda, got {device!r}.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device here: use --device cpu.")
-    gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    place = torch.device("cuda" if gpu else "cpu")
+    chosen, place = choose_kernels(names), find_device(device)
     for case in CASES:
-        if not names or case.name in names:
+        if case.name in chosen:
             if progress is not None:
                 progress(case.name)
             with torch.no_grad():
                 yield _measure(case, size, place, repeats, compiled)
+
+
+def choose_kernels(names: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return which kernels are measured, in the order they are.
+
+    Args:
+        names: Kernels wanted, of :data:`KERNELS`; none means all.
+
+    Raises:
+        InputError: If one is unknown.
+    """
+    unknown = sorted({*names} - {*KERNELS})
+    if unknown:
+        raise InputError(f"unknown kernel {unknown[0]!r}: choose from {', '.join(KERNELS)}.")
+    return tuple(name for name in KERNELS if not names or name in names)
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device to measure on.
+
+    Args:
+        name: ``"auto"`` (a CUDA device if there is one), ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        InputError: If it is unknown, or not there.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {name!r}.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here: use --device cpu.")
+    gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if gpu else "cpu")
 
 
 def _measure(

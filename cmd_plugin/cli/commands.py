@@ -50,6 +50,8 @@ def _job(name: str, module: str, kind: str, run: str, show: str) -> Command:
 
 COMMANDS = (
     _job("train", "compare.options", "TrainOptions", "compare.train:run", "show_train:show"),
+    _job("decompose", "decompose", "DecomposeOptions", "decompose:run", "show_decompose:show"),
+    _job("bench kernels", "bench", "BenchOptions", "bench:run", "show_bench:show"),
 )
 
 

@@ -7,8 +7,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from cmd_plugin import __version__
 from cmd_plugin.cli.commands import COMMANDS, Command, Given, load, make_function
@@ -131,15 +132,24 @@ def _act(command: Command, given: Given) -> int:
     return 0
 
 
-def _doctor(*, json: bool = False) -> int:
+def _doctor(
+    *,
+    json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    data_root: str | None = None,
+) -> int:
     """Say what works on this machine, and what to install for the rest.
+
+    Exit code 2 means that something which is required is missing or broken.
+
+    Example, for a program: cmd-plugin doctor --data-root DATA --json
 
     Args:
         json: Print it as JSON.
+        data_root: Where data lies. Default: environment variable CMD_PLUGIN_DATA.
     """
     from cmd_plugin.cli.doctor import examine
 
-    return examine(as_json=json)
+    return examine(as_json=json, data_root=data_root)
 
 
 def _report(error: Exception) -> int:

@@ -17,20 +17,11 @@ from torch.utils.data import Dataset
 from cmd_plugin.data.folder import FolderImages, read_folder
 from cmd_plugin.data.images import ImageStore, LabelledImages, MemoryImages, channel_statistics
 from cmd_plugin.data.limits import DEFAULT_LIMITS, ReadLimits
-from cmd_plugin.data.names import DATASETS
+from cmd_plugin.data.names import DATASETS, MARKS, ROOT_VARIABLE
 from cmd_plugin.data.splits import corrupt_labels, split_indices, stratified_subset
 from cmd_plugin.errors import InputError
 
 __all__ = ["DATASETS", "ImageData", "load_dataset"]
-
-ROOT_VARIABLE = "CMD_PLUGIN_DATA"
-
-# What torchvision looks for below the root, shown when it is missing.
-_EXPECTED = {
-    "mnist": ("MNIST/raw/train-images-idx3-ubyte", ""),
-    "fashion-mnist": ("FashionMNIST/raw/train-images-idx3-ubyte", ""),
-    "cifar10": ("cifar-10-batches-py", " or cifar10-jpeg/train.tar.gz and test.tar.gz"),
-}
 
 
 @dataclass(frozen=True)
@@ -108,8 +99,8 @@ def load_dataset(
         train, test, classes = _digits(size, test_fraction, seed)
     else:
         root = _root(name, data_root)
-        if name == "cifar10" and not (root / "cifar-10-batches-py").is_dir():
-            jpeg = root / "cifar10-jpeg"
+        if name == "cifar10" and not (root / MARKS[name]).is_dir():
+            jpeg = root / MARKS["cifar10-jpeg"]
             if jpeg.is_dir():
                 name, root = "cifar10-jpeg", jpeg
         if name in ("folder", "cifar10-jpeg"):
@@ -184,9 +175,10 @@ def _torchvision(
         "fashion-mnist": datasets.FashionMNIST,
         "cifar10": datasets.CIFAR10,
     }
-    expected, alternative = _EXPECTED[name]
-    if not (root / expected).exists():
-        raise InputError(f"no {name} data in {root}: expected {root / expected}{alternative}.")
+    expected = root / MARKS[name]
+    if not expected.exists():
+        also = " or cifar10-jpeg/train.tar.gz and test.tar.gz" if name == "cifar10" else ""
+        raise InputError(f"no {name} data in {root}: expected {expected}{also}.")
     parts = []
     try:
         with warnings.catch_warnings():

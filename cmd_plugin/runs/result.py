@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from cmd_plugin.errors import InputError
 from cmd_plugin.runs.files import read_json
 
-__all__ = ["RESULT", "Result"]
+__all__ = ["RESULT", "Result", "finite"]
 
 RESULT = "result.json"
 
@@ -68,3 +69,8 @@ class Result:
                 raise InputError(f"{path} is no result of this version (no {name!r}): {_ADVICE}.")
         known = {name: content[name] for name in kinds}
         return cls(**{**known, "files": tuple(content["files"])}, out=out or path.parent)
+
+
+def finite(value: float) -> float | None:
+    """Return a number that JSON can hold: None in the place of NaN and of the infinities."""
+    return value if math.isfinite(value) else None

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cmd_plugin.cli.main import run
+from cmd_plugin.cli.show_decompose import show
 from cmd_plugin.modes import Decomposition
+from cmd_plugin.runs.result import Result
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -56,7 +58,8 @@ def test_json_has_the_promised_keys_and_true_numbers(command: Run, folder: Path)
     out = folder / "d"
     code, printed, _ = command(folder / "checkpoints", "--modes", 3, "--out", out, "--json")
     assert code == 0
-    result = json.loads(printed)
+    whole = json.loads(printed)
+    result = whole["metrics"]
     assert result["modes"] == 3
     assert result["snapshots"] == 12
     weights = torch.stack(
@@ -83,7 +86,7 @@ def test_json_has_the_promised_keys_and_true_numbers(command: Run, folder: Path)
     movement = (weights - weights.mean(dim=0)).norm() ** 2
     explained = 1 - float((model - weights).norm() ** 2 / movement)
     assert result["explained_variance"] == pytest.approx(explained, abs=1e-3)
-    assert json.loads((out / "result.json").read_text()) == result
+    assert json.loads((out / "result.json").read_text()) == whole
     assert (out / "decomposition.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -93,6 +96,62 @@ def test_table_names_every_tensor(command: Run, folder: Path) -> None:
     for name in ("model.0.weight", "model.1.running_var", "model.2.bias"):
         assert name in printed
     assert "times smaller" in printed
+
+
+def layer(name: str, weights: int, explained: float | None) -> dict[str, object]:
+    return {
+        "name": name,
+        "weights": weights,
+        "explained_variance": explained,
+        "modes_used": 256,
+        "main_mode": 254,
+        "main_share": 0.987,
+    }
+
+
+def test_every_number_is_whole_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also beside names as long as those of a language model; the names are folded."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "model.decoder.layers.11.self_attn.out_proj.parametrizations.weight.original0"
+    metrics = {
+        "explained_variance": 0.98765,
+        "modes": 256,
+        "snapshots": 2000,
+        "parameters": 9_876_543_210,
+        "compression_ratio": 123.4,
+        "relative_error": 1.23e-4,
+        "weight_bytes": 79_012_345_680_000,
+        "checkpoint_bytes": 237_037_037_040_000,
+        "modes_bytes": 88_888_888_890,
+        "layers": [layer(name, 9_876_543_210, 0.98765), layer("bias", 3, None)],
+    }
+    parts = {"options": {}, "machine": {}, "seconds": {}}
+    show(Result("decompose", data={"left_out": []}, metrics=metrics, files=(), **parts))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    (row,) = (line for line in lines if "9,876,543,210" in line and line.startswith(" model."))
+    assert row.split()[1:] == ["9,876,543,210", "98.8%", "256", "254", "99%"]
+    (row,) = (line for line in lines if line.startswith(" bias"))
+    assert row.split()[1:] == ["3", "still", "256", "254", "99%"]
+    first = next(n for n, line in enumerate(lines) if line.startswith(" model."))
+    folded = "".join(line[: line.find("  ", 1)].strip() for line in lines[first:])
+    assert folded.startswith(name)
+
+
+def test_nothing_moves(command: Run, tmp_path: Path) -> None:
+    for epoch in range(3):
+        save_file({"weight": torch.ones(40)}, tmp_path / f"epoch={epoch}.safetensors")
+    code, printed, _ = command(tmp_path, "--out", tmp_path / "d", "--json")
+    assert code == 0
+    metrics = json.loads(printed)["metrics"]
+    assert metrics["explained_variance"] is None
+    assert metrics["layers"][0]["explained_variance"] is None
+    code, printed, _ = command(tmp_path, "--out", tmp_path / "d", "--resume")
+    assert code == 0
+    assert "None of the 40 weights moves over 3 snapshots." in printed
+    assert "still" in printed
 
 
 def test_exported_epoch_loads_into_the_network(command: Run, folder: Path) -> None:
@@ -112,7 +171,7 @@ def test_export_of_an_unknown_epoch_keeps_what_was_written(command: Run, folder:
     assert code == 2
     assert "epoch 99" in error
     assert "0 to 11" in error
-    assert (folder / "d" / "modes.safetensors").exists()
+    assert (folder / "d" / "unfinished" / "modes.safetensors").exists()
 
 
 def spoil_truncated(folder: Path) -> str:
@@ -179,7 +238,11 @@ def test_damaged_files_can_be_left_out(command: Run, folder: Path) -> None:
     )
     assert code == 0
     assert name in error
-    assert json.loads(printed)["epochs"] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    result = json.loads(printed)
+    assert result["metrics"]["epochs"] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    (left_out,) = result["data"]["left_out"]
+    assert name in left_out
+    assert error == f"warning: left out: {left_out}\n"
 
 
 @pytest.mark.parametrize("modes", [0, 300, -1])
@@ -207,5 +270,5 @@ def test_the_installed_command_prints_json_and_nothing_else(folder: Path) -> Non
     program = [sys.executable, "-c", "from cmd_plugin.cli.main import run; run()"]
     arguments = ["decompose", str(folder), "--modes", "2", "--out", str(folder / "d"), "--json"]
     done = subprocess.run([*program, *arguments], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["modes"] == 2
+    assert json.loads(done.stdout)["metrics"]["modes"] == 2
     assert done.stderr == ""

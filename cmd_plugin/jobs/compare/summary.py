@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from cmd_plugin.errors import InputError
 from cmd_plugin.jobs.classifier import Classifier
 from cmd_plugin.jobs.compare.files import Row
 from cmd_plugin.jobs.compare.recorder import Recorder
+from cmd_plugin.runs.result import finite
 
 __all__ = ["summarise", "summarise_seed"]
 
@@ -36,8 +36,8 @@ def summarise_seed(
     result = {
         "seed": seed,
         "accuracy": {name: row.accuracy for name, row in last.items()},
-        "loss": {name: _finite(row.loss) for name, row in last.items()},
-        "explained_variance": _finite(modes.explained_variance()),
+        "loss": {name: finite(row.loss) for name, row in last.items()},
+        "explained_variance": finite(modes.explained_variance()),
         "modes": modes.number_of_modes,
         "parameters": modes.numel,
         "trainable_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
@@ -113,11 +113,6 @@ def _scores(seeds: Seeds) -> dict[str, dict[str, float | None]]:
 def _seconds(seeds: Seeds) -> dict[str, float]:
     kinds = ("training", "cmd", "evaluation")
     return {kind: sum(seed[f"{kind}_seconds"] for seed in seeds) for kind in kinds}
-
-
-def _finite(value: float) -> float | None:
-    """Return a number that JSON can hold."""
-    return value if math.isfinite(value) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

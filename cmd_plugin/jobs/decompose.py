@@ -1,0 +1,215 @@
+"""Post-hoc modes of anyone's checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmd_plugin.errors import InputError
+from cmd_plugin.runs.figures import figure_style, new_figure, save_figure
+from cmd_plugin.runs.job import Job
+from cmd_plugin.runs.options import JobOptions, argument, option
+from cmd_plugin.runs.progress import ReportProgress
+from cmd_plugin.runs.result import Result, finite
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cmd_plugin.modes import Decomposition
+
+__all__ = ["DecomposeOptions", "run"]
+
+_MODES = "modes.safetensors"
+_TENSORS = "Checkpoints and tensors"
+_METHOD = "Modes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecomposeOptions(JobOptions):
+    """Cluster the weight trajectories of a finished training run into modes.
+
+    Reads Lightning .ckpt, .pt, .pth, .bin and .safetensors files, one at a time. Writes
+    modes.safetensors, result.json and decomposition.png, and with --export the reconstructed
+    state_dict of an epoch.
+
+    Examples:
+      cmd-plugin decompose lightning_logs/version_0 --modes 5 --export 7
+    """
+
+    inputs: tuple[Path, ...] = argument(
+        "A run's folder, a folder of checkpoints, or checkpoint files.",
+        panel=_TENSORS,
+        positional=True,
+    )
+    include: tuple[str, ...] = option(
+        (), "Only tensors whose name matches (repeatable).", panel=_TENSORS
+    )
+    exclude: tuple[str, ...] = option(
+        (), "No tensor whose name matches (repeatable).", panel=_TENSORS
+    )
+    buffers: str = option(
+        "model",
+        "BatchNorm statistics: model, or keep (leave them out).",
+        panel=_TENSORS,
+        choices=("model", "keep"),
+    )
+    skip_unreadable: bool = option(
+        False, "Leave damaged files out, with a warning.", panel=_TENSORS
+    )
+    storage: str = option(
+        "delta-bf16",
+        "delta-bf16 or fp32: snapshots in memory.",
+        panel=_TENSORS,
+        choices=("delta-bf16", "fp32"),
+    )
+    modes: int = option(
+        10, "Largest number of modes, 1 to 256.", panel=_METHOD, at_least=1, at_most=256
+    )
+    samples: int = option(
+        1000, "Weights whose trajectories are clustered.", panel=_METHOD, at_least=1
+    )
+    seed: int = option(0, "Seed of the draw of the samples.", panel=_METHOD, at_least=0)
+    profile: str = option(
+        "reference",
+        "What a mode follows: its reference weight, or the mean of its samples.",
+        panel=_METHOD,
+        choices=("reference", "mean"),
+    )
+    shrink: bool = option(False, "Shrink scales by squared correlation.", panel=_METHOD)
+    export: tuple[int, ...] = option(
+        (), "Write the reconstructed state_dict of this epoch (repeatable).", panel=_METHOD
+    )
+
+    def check_together(self) -> None:
+        """Refuse a call from Python with no input at all."""
+        if not self.inputs:
+            raise InputError("INPUTS must name at least one checkpoint or folder.")
+
+
+def run(
+    options: DecomposeOptions,
+    out: str | Path | None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: ReportProgress | None = None,
+) -> Result:
+    """Decompose a training history, and measure on its files what the modes lose.
+
+    Args:
+        options: The options.
+        out: Folder for ``modes.safetensors``, ``decomposition.png``, the exported
+            ``epoch=NNN.safetensors`` and ``result.json``; None keeps nothing.
+        resume: Continue the unfinished run in `out`: a decomposition that is there is not made
+            again, and is compared with the files it was made from.
+        overwrite: Replace what lies in `out`.
+        progress: Called after each file.
+
+    Returns:
+        Metrics: ``explained_variance`` (None if nothing moves), ``modes``, ``snapshots``,
+        ``parameters``, ``epochs``, one entry a tensor in ``layers``, and as a codec
+        ``compression_ratio``, ``relative_error``, ``weight_bytes``, ``checkpoint_bytes``,
+        ``modes_bytes``. Data: ``checkpoints`` that were read, and ``left_out``, a sentence about
+        each that could not be.
+
+    Raises:
+        InputError: If a file, the folder or an option cannot be used.
+    """
+    from cmd_plugin.modes import Decomposition
+    from cmd_plugin.modes.checkpoints import find_checkpoints
+    from cmd_plugin.modes.codec import describe_layers
+
+    files = find_checkpoints(options.inputs)
+    with Job(
+        "decompose", options, out, resume=resume, overwrite=overwrite, progress=progress
+    ) as job:
+        if job.result is not None:
+            return job.result
+        data = job.stage("modes", lambda: _find_modes(job, options, files))
+        for problem in data["left_out"]:
+            warnings.warn(f"left out: {problem}", stacklevel=2)
+        decomposition = Decomposition.load(job.folder.path(_MODES))
+        _export(job, decomposition, options.export)
+        codec = job.stage("codec", lambda: _measure(job, decomposition, data["checkpoints"]))
+        figure = _draw(decomposition)
+        save_figure(figure, job.folder.path("decomposition.png"), options.as_dict())
+        layers = [asdict(layer) for layer in describe_layers(decomposition)]
+        metrics = {
+            "explained_variance": finite(decomposition.explained_variance()),
+            "modes": decomposition.number_of_modes,
+            "snapshots": decomposition.snapshots,
+            "parameters": decomposition.numel,
+            **codec,
+            "epochs": list(decomposition.epochs),
+            "layers": [
+                {**layer, "explained_variance": finite(layer["explained_variance"])}
+                for layer in layers  # NaN: the tensor does not move
+            ],
+        }
+        return job.finish(metrics=metrics, data=data)
+
+
+def _find_modes(job: Job, options: DecomposeOptions, files: Sequence[Path]) -> dict[str, Any]:
+    """Write the decomposition; what it was made from."""
+    from cmd_plugin.modes import decompose
+    from cmd_plugin.modes.checkpoints import readable_checkpoints
+
+    problems: list[str] = []
+    if options.skip_unreadable:
+        files, problems = readable_checkpoints(files)
+    decomposition = decompose(
+        files,
+        options.modes,
+        options.samples,
+        options.seed,
+        storage=options.storage,
+        buffers=options.buffers,
+        include=options.include,
+        exclude=options.exclude,
+        profile=options.profile,
+        shrink=options.shrink,
+        progress=lambda done, total: job.report("reading checkpoints", done, 2 * total),
+    )
+    job.folder.write(job.folder.path(_MODES), decomposition.save)
+    return {"checkpoints": [str(file) for file in files], "left_out": problems}
+
+
+def _measure(job: Job, decomposition: Decomposition, files: Sequence[str]) -> Mapping[str, Any]:
+    """Return what the decomposition saves and loses as a codec."""
+    from cmd_plugin.modes.codec import measure_codec
+
+    codec = measure_codec(
+        [Path(file) for file in files],
+        decomposition,
+        job.folder.path(_MODES),
+        lambda done, total: job.report("measuring the error", total + done, 2 * total),
+    )
+    return {"compression_ratio": codec.compression_ratio, **asdict(codec)}
+
+
+def _export(job: Job, decomposition: Decomposition, epochs: Sequence[int]) -> None:
+    from safetensors.torch import save_file
+
+    snapshots = {epoch: decomposition.snapshot_of(epoch) for epoch in epochs}  # all, or none
+    for epoch, snapshot in snapshots.items():
+        state = decomposition.state_dict_at(snapshot)
+        # Tied entries share memory, which safetensors refuses.
+        state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+        path = job.folder.path(f"epoch={epoch:03d}.safetensors")
+        job.folder.write(path, partial(save_file, state))
+
+
+def _draw(decomposition: Decomposition) -> Figure:
+    from cmd_plugin.modes.plots import plot_explained, plot_mode_share, plot_profiles
+
+    with figure_style():
+        figure = new_figure(15.0, 5.5)
+        profiles, shares, explained = figure.subplots(1, 3)
+        plot_profiles(decomposition, profiles)
+        plot_mode_share(decomposition, shares)
+        plot_explained(decomposition, explained)
+    return figure
