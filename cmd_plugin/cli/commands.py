@@ -51,6 +51,19 @@ def _job(name: str, module: str, kind: str, run: str, show: str) -> Command:
 COMMANDS = (
     _job("train", "compare.options", "TrainOptions", "compare.train:run", "show_train:show"),
     _job("decompose", "decompose", "DecomposeOptions", "decompose:run", "show_decompose:show"),
+    _job(
+        "points train",
+        *("points.options", "TrainOptions", "points.train:run", "show_points:show_train"),
+    ),
+    _job(
+        "points robustness",
+        *("points.options", "RobustnessOptions"),
+        *("points.robustness:run", "show_points:show_robustness"),
+    ),
+    _job(
+        "points explain",
+        *("points.options", "ExplainOptions", "points.explain:run", "show_points:show_explain"),
+    ),
     _job("bench kernels", "bench", "BenchOptions", "bench:run", "show_bench:show"),
 )
 

@@ -120,7 +120,7 @@ def run(
         InputError: If a file, the folder or an option cannot be used.
     """
     from cmd_plugin.modes import Decomposition
-    from cmd_plugin.modes.checkpoints import find_checkpoints
+    from cmd_plugin.networks.checkpoints import find_checkpoints
     from cmd_plugin.modes.codec import describe_layers
 
     files = find_checkpoints(options.inputs)
@@ -156,7 +156,7 @@ def run(
 def _find_modes(job: Job, options: DecomposeOptions, files: Sequence[Path]) -> dict[str, Any]:
     """Write the decomposition; what it was made from."""
     from cmd_plugin.modes import decompose
-    from cmd_plugin.modes.checkpoints import readable_checkpoints
+    from cmd_plugin.networks.checkpoints import readable_checkpoints
 
     problems: list[str] = []
     if options.skip_unreadable:
