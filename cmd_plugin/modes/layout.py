@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, ShapeError, StateMismatch
+from cmd_plugin.networks.names import by_clean_name, clean_name
 
 __all__ = [
     "BUFFER_POLICIES",
@@ -29,38 +30,8 @@ __all__ = [
 
 BUFFER_POLICIES = ("model", "recalibrate", "keep")
 
-# What torch.compile and DistributedDataParallel put in front of a name; the weight is the same one.
-_WRAPPERS = ("_orig_mod.", "module.")
 _DTYPES = {"float64", "float32", "float16", "bfloat16"}
 _STATISTICS = ("running_mean", "running_var")
-
-
-def clean_name(name: str) -> str:
-    """Strip the prefixes of ``torch.compile`` and ``DistributedDataParallel`` from a name."""
-    parts = name.split(".")
-    while len(parts) > 1 and f"{parts[0]}." in _WRAPPERS:
-        parts = parts[1:]
-    return ".".join(part for part in parts if part != "_orig_mod")
-
-
-def by_clean_name(entries: Iterable[tuple[str, object]]) -> dict[str, Tensor]:
-    """Return the tensors among named things by cleaned name.
-
-    Raises:
-        InputError: If two different tensors have the same cleaned name.
-    """
-    tensors: dict[str, Tensor] = {}
-    for raw_name, tensor in entries:
-        name = clean_name(str(raw_name))
-        if not isinstance(tensor, Tensor):
-            continue
-        if name in tensors and tensors[name].data_ptr() != tensor.data_ptr():
-            raise InputError(
-                f"two tensors are called {name!r} once the prefixes of torch.compile and "
-                "DistributedDataParallel are gone: rename one."
-            )
-        tensors[name] = tensor
-    return tensors
 
 
 def _is_statistic(name: str) -> bool:

@@ -15,11 +15,12 @@ from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
 from cmd_plugin.modes.choice import check_modes, check_profile, choose_modes, moving_rows
 from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.fit import explained_by_layer, fit_modes, sum_of_squares, total_by_layer
-from cmd_plugin.modes.layout import Layout, by_clean_name, check_buffers, named_weights
+from cmd_plugin.modes.layout import Layout, check_buffers, named_weights
 from cmd_plugin.modes.sampling import sample_weights
 from cmd_plugin.modes.source import find_non_finite
 from cmd_plugin.modes.store import TrajectoryStore, check_storage
 from cmd_plugin.networks.checkpoints import find_checkpoints, snapshot_labels
+from cmd_plugin.networks.names import by_clean_name
 from cmd_plugin.networks.weights import read_weights
 
 __all__ = ["decompose"]

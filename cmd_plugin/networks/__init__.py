@@ -5,8 +5,9 @@ Each name is imported when it is first used, so that reading weights loads no mo
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
     from cmd_plugin.networks.checkpoints import find_checkpoints as find_checkpoints
@@ -35,26 +36,6 @@ _MODULES = {
     "undisturbed": "measuring",
 }
 
-__all__ = [
-    "Score",
-    "SmallConvNet",
-    "build_model",
-    "evaluate",
-    "find_checkpoints",
-    "kept_buffers",
-    "load_weights",
-    "read_weights",
-    "recalibrate",
-    "recalibrated",
-    "undisturbed",
-]
+__all__ = list(_MODULES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_face(__name__, _MODULES)

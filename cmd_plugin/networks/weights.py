@@ -12,7 +12,8 @@ any other ending), and checkpoints in shards by their ``.index.json``. How a fil
 3. Names lose what ``torch.compile``, ``DistributedDataParallel``, ``AveragedModel``, FSDP and
    activation checkpointing put into them.
 4. :func:`load_weights` alone also takes off a prefix that all names have in common and the network
-   does not know, such as ``model.`` when a LightningModule held it.
+   does not know, such as ``model.`` when a LightningModule held it, and leaves out how often an
+   ``AveragedModel`` was updated.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ INDEX_SUFFIX = ".index.json"
 
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "net")
 _TRAINED = "current_model_state"
+_COUNT = "n_averaged"  # what AveragedModel saves beside the network it holds
 _DEEPEST = 8  # a file may hold a dictionary that holds itself
 _SHARD = re.compile(r"(.+)-[0-9]+-of-([0-9]+)(\.[a-z]+)")
 
@@ -80,11 +82,6 @@ def read_weights(path: str | Path, which: Which = "shown") -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         _require_plain(path, name, tensor)
-    # How often AveragedModel was updated, beside the network it holds.
-    if "n_averaged" in tensors and all(
-        name.startswith("module.") for name in tensors if name != "n_averaged"
-    ):
-        del tensors["n_averaged"]
     if not any(t.is_floating_point() or t.is_complex() for t in tensors.values()):
         raise InputError(f"{path} holds no weights: save the network's state_dict().")
     try:
@@ -110,7 +107,10 @@ def load_weights(model: nn.Module, path: str | Path, which: Which = "shown") -> 
     """
     entries = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     own = {clean_name(name): tensor for name, tensor in entries.items()}
-    state = _without_common_prefix(read_weights(path, which), own)
+    state = read_weights(path, which)
+    if _COUNT not in own:
+        state.pop(_COUNT, None)
+    state = _without_common_prefix(state, own)
     present = {_place(own[name]) for name in state if name in own}
     missing = [name for name, t in own.items() if name not in state and _place(t) not in present]
     surplus = [name for name in state if name not in own]
@@ -134,8 +134,8 @@ def load_weights(model: nn.Module, path: str | Path, which: Which = "shown") -> 
 def read_numbers(path: Path, names: tuple[str, ...]) -> dict[str, int]:
     """Whole numbers from 0 on that a file holds beside its weights, such as ``epoch``.
 
-    Weights are not read for it. Of a safetensors file its metadata count; a file that cannot be
-    read has no numbers.
+    No weights are read for it, unless the file is in torch's old format. Of a safetensors file its
+    metadata count; a file that cannot be read has no numbers.
 
     Args:
         path: The file.

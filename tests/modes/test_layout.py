@@ -13,7 +13,7 @@ from torch import nn
 
 from cmd_plugin.errors import InputError, ShapeError, StateMismatch
 from cmd_plugin.modes import Layout
-from cmd_plugin.modes.layout import clean_name, find_weights, named_weights
+from cmd_plugin.modes.layout import find_weights, named_weights
 
 
 class Tied(nn.Module):
@@ -26,24 +26,6 @@ class Tied(nn.Module):
         self.head.weight = self.embedding.weight
         self.norm = nn.BatchNorm1d(4)
         self.again = self.norm
-
-
-@pytest.mark.parametrize(
-    ("raw", "clean"),
-    [
-        ("fc.weight", "fc.weight"),
-        ("module.fc.weight", "fc.weight"),
-        ("_orig_mod.fc.weight", "fc.weight"),
-        ("module._orig_mod.fc.weight", "fc.weight"),
-        ("_orig_mod.module.fc.weight", "fc.weight"),
-        ("net._orig_mod.fc.weight", "net.fc.weight"),  # one compiled part of a model
-        ("net.module.weight", "net.module.weight"),  # a part that is called so
-        ("module", "module"),
-    ],
-)
-def test_names_of_wrappers(raw: str, clean: str) -> None:
-    assert clean_name(raw) == clean
-    assert clean_name(clean) == clean
 
 
 def test_parameters_and_running_statistics() -> None:

@@ -432,6 +432,15 @@ def test_a_wrapped_network_is_filled_as_well(tmp_path: Path) -> None:
     assert torch.equal(other.head.bias, made.head.bias)
 
 
+def test_an_averaged_model_takes_its_own_file(tmp_path: Path) -> None:
+    average, other = AveragedModel(network()), AveragedModel(network(seed=1))
+    average.update_parameters(network(seed=2))
+    torch.save(average.state_dict(), tmp_path / "a.pt")
+    load_weights(other, tmp_path / "a.pt")
+    assert int(other.n_averaged) == 1
+    assert torch.equal(other.module.head.bias, average.module.head.bias)
+
+
 def test_shown_weights_are_loaded_by_default(tmp_path: Path) -> None:
     shown, trained = network(), network(seed=1)
     content = {"state_dict": shown.state_dict(), "current_model_state": trained.state_dict()}
