@@ -8,12 +8,15 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from cmd_plugin.cli.commands import COMMANDS
 from cmd_plugin.cli.main import run
+from cmd_plugin.jobs.points.model import PointNetwork, save_point_network
+from cmd_plugin.pointcloud import build_network
 from cmd_plugin.runs.folder import RunFolder
 from cmd_plugin.runs.job import Job
 from cmd_plugin.runs.result import Result
@@ -28,6 +31,50 @@ CASES = [
         ),
         ("--lr", "0.01"),
     ),
+    JobCase(
+        "decompose",
+        ("{inputs}", "--modes", "3", "--samples", "40", "--export", "2"),
+        ("--modes", "2"),
+    ),
+    JobCase(
+        "points train",
+        (
+            *("--points", "48", "--train-clouds", "48", "--test-clouds", "24", "--width", "0.25"),
+            *("--epochs", "2", "--batch-size", "12", "--threads", "1"),
+        ),
+        ("--lr", "0.01"),
+    ),
+    JobCase(
+        "points robustness",
+        (
+            *("--points", "32", "--train-clouds", "24", "--test-clouds", "12", "--width", "0.06"),
+            *("--epochs", "1", "--rounds", "1", "--threads", "1"),
+        ),
+        ("--lr", "0.01"),
+    ),
+    JobCase(
+        "points explain",
+        ("{inputs}/cloud.npy", "--weights", "{inputs}/point/model.safetensors"),
+        ("--measure", "entropy"),
+        varying=("view.html",),  # plotly draws a random name for its frame
+    ),
+    JobCase(
+        "federated simulate",
+        (
+            *("--clients", "2", "--rounds", "4", "--warmup", "2", "--train-limit", "80"),
+            *("--modes", "3", "--samples", "50", "--test-limit", "50", "--model", "cnn:4"),
+        ),
+        ("--lr", "0.01"),
+    ),
+    JobCase(
+        "bench kernels",
+        (
+            *("--size", "2000", "--kernel", "swap_out", "--kernel", "coefficient_drift"),
+            *("--no-compile", "--repeats", "2", "--threads", "1"),
+        ),
+        ("--size", "3000"),
+        varying=("kernels.csv",),
+    ),
 ]
 IDS = [case.name for case in CASES]
 
@@ -41,6 +88,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for epoch in range(4):
         weights = weights + torch.randn(40, generator=draw)
         save_file({"weight": weights.clone()}, folder / f"epoch={epoch}.safetensors")
+    np.save(folder / "cloud.npy", np.random.default_rng(0).normal(size=(200, 3)))
+    (folder / "point").mkdir()
+    network = PointNetwork(build_network("pointnet", 2, 0.25), "pointnet", 0.25, 48, ("a", "b"))
+    save_point_network(folder / "point/model.safetensors", network)
     return folder
 
 
