@@ -181,7 +181,10 @@ def write_view(
             }
         ],
     )
-    plot = figure.to_html(include_plotlyjs=True, full_html=False, default_height="100vh")
+    # With a name of its own for the frame, where plotly draws one: the same input, the same page.
+    plot = figure.to_html(
+        include_plotlyjs=True, full_html=False, default_height="100vh", div_id="view"
+    )
     write_page(path, title or "Point importance", [plot], fill=True)
 
 

@@ -62,6 +62,13 @@ def test_the_page_names_points_as_they_are_and_turns_them_up(up: int, tmp_path: 
     assert layout["title"]["text"] == "chair &lt;b&gt; &amp; (99 %)"  # type: ignore[index]
 
 
+def test_the_same_cloud_gives_the_same_page(tmp_path: Path) -> None:
+    points, scores = torch.rand(30, 3), {"fbi": torch.rand(30)}
+    for name in ("a", "b"):
+        write_view(tmp_path / f"{name}.html", points, scores, "chair")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
 def test_scores_of_another_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match="scores"):
         write_view(tmp_path / "v.html", torch.rand(30, 3), {"fbi": torch.zeros(29)})

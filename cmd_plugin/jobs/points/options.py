@@ -22,6 +22,7 @@ _DATA = "Data and network"
 _TRAINING = "Training"
 _EVALUATION = "Evaluation"
 _CLOUD = "Cloud"
+_NETWORK = "Network"
 _SCORES = "Scores and pictures"
 _MACHINE = "Machine"
 
@@ -50,7 +51,7 @@ class _TrainingOptions(JobOptions):
     )
     model: str = option(
         "pointnet",
-        "pointnet, pointnet-aligned, pointnet2, dgcnn or pct.",
+        "Architecture; pointnet-aligned has learned alignments, pct is a transformer.",
         panel=_DATA,
         choices=NETWORK_NAMES,
     )
@@ -201,26 +202,30 @@ class ExplainOptions(JobOptions):
     )
     seed: int = option(0, "Of the choice of points.", panel=_CLOUD, at_least=0)
     weights: Path = argument(
-        "Weights: of `points train`, or any state_dict (.safetensors, .pt).", panel=_DATA
+        "Weights: of `points train`, or any state_dict (.safetensors, .pt).", panel=_NETWORK
     )
     model: str | None = option(
         None,
-        "Network, if the weights do not say: pointnet, pointnet-aligned, pointnet2, dgcnn or pct.",
-        panel=_DATA,
+        "Architecture, if the weights do not say.",
+        panel=_NETWORK,
         choices=NETWORK_NAMES,
     )
     width: float = option(
         1.0,
         "Width of the network, with --model.",
-        panel=_DATA,
+        panel=_NETWORK,
         above=0,
         only={"model": NETWORK_NAMES},
     )
     classes: Path | None = option(
-        None, "Text file with one class name a line, for the answer.", panel=_DATA
+        None, "Text file with one class name a line, for the answer.", panel=_NETWORK
     )
     measure: str = option(
-        "fbi", "fbi, critical, critical++ or entropy.", panel=_SCORES, choices=MEASURES
+        "fbi",
+        "fbi (points needed together), critical (whether a point wins a channel), critical++ (how "
+        "many it wins: finds outliers) or entropy (its part in how they are spread).",
+        panel=_SCORES,
+        choices=MEASURES,
     )
     refocus: bool = option(False, "Also answer without the points that dominate.", panel=_SCORES)
     up: str = option(
