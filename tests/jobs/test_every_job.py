@@ -28,6 +28,20 @@ CASES = [
         ),
         ("--lr", "0.01"),
     ),
+    JobCase(
+        "decompose",
+        ("{inputs}", "--modes", "2", "--samples", "40", "--export", "2"),
+        ("--modes", "1"),
+    ),
+    JobCase(
+        "bench kernels",
+        (
+            *("--size", "2000", "--repeats", "1", "--no-compile", "--device", "cpu"),
+            *("--kernel", "swap_out", "--kernel", "reconstruct"),
+        ),
+        ("--size", "3000"),
+        varying=("kernels.csv",),
+    ),
 ]
 IDS = [case.name for case in CASES]
 
