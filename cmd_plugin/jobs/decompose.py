@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +31,13 @@ _METHOD = "Modes"
 class DecomposeOptions(JobOptions):
     """Cluster the weight trajectories of a finished training run into modes.
 
-    Reads Lightning .ckpt, .pt, .pth, .bin and .safetensors files, one at a time. Writes
-    modes.safetensors, result.json and decomposition.png, and with --export the reconstructed
-    state_dict of an epoch.
+    Reads Lightning .ckpt, .pt, .pth, .bin and .safetensors files, also in shards, one at a time
+    and in the order they were written. Writes modes.safetensors, result.json and
+    decomposition.png, and with --export the reconstructed state_dict of an epoch.
 
     Examples:
       cmd-plugin decompose lightning_logs/version_0 --modes 5 --export 7
+      cmd-plugin decompose run/checkpoint-* --out run/modes
     """
 
     inputs: tuple[Path, ...] = argument(
@@ -81,7 +81,10 @@ class DecomposeOptions(JobOptions):
     )
     shrink: bool = option(False, "Shrink scales by squared correlation.", panel=_METHOD)
     export: tuple[int, ...] = option(
-        (), "Write the reconstructed state_dict of this epoch (repeatable).", panel=_METHOD
+        (),
+        "Write the reconstructed state_dict of this epoch, or step where steps number the files "
+        "(repeatable).",
+        panel=_METHOD,
     )
 
     def check_together(self) -> None:
@@ -103,7 +106,7 @@ def run(
     Args:
         options: The options.
         out: Folder for ``modes.safetensors``, ``decomposition.png``, the exported
-            ``epoch=NNN.safetensors`` and ``result.json``; None keeps nothing.
+            ``epoch=NNN.safetensors`` (``step=NNN``) and ``result.json``; None keeps nothing.
         resume: Continue the unfinished run in `out`: a decomposition that is there is not made
             again, and is compared with the files it was made from.
         overwrite: Replace what lies in `out`.
@@ -113,15 +116,15 @@ def run(
         Metrics: ``explained_variance`` (None if nothing moves), ``modes``, ``snapshots``,
         ``parameters``, ``epochs``, one entry a tensor in ``layers``, and as a codec
         ``compression_ratio``, ``relative_error``, ``weight_bytes``, ``checkpoint_bytes``,
-        ``modes_bytes``. Data: ``checkpoints`` that were read, and ``left_out``, a sentence about
-        each that could not be.
+        ``modes_bytes``. Data: ``checkpoints`` that were read, the ``unit`` that numbers them
+        (epoch, step or snapshot), and ``left_out``, a sentence about each that cannot be read.
 
     Raises:
         InputError: If a file, the folder or an option cannot be used.
     """
     from cmd_plugin.modes import Decomposition
-    from cmd_plugin.networks.checkpoints import find_checkpoints
     from cmd_plugin.modes.codec import describe_layers
+    from cmd_plugin.networks.checkpoints import find_checkpoints
 
     files = find_checkpoints(options.inputs)
     with Job(
@@ -133,9 +136,9 @@ def run(
         for problem in data["left_out"]:
             warnings.warn(f"left out: {problem}", stacklevel=2)
         decomposition = Decomposition.load(job.folder.path(_MODES))
-        _export(job, decomposition, options.export)
+        _export(job, decomposition, data["unit"], options.export)
         codec = job.stage("codec", lambda: _measure(job, decomposition, data["checkpoints"]))
-        figure = _draw(decomposition)
+        figure = _draw(decomposition, data["unit"])
         save_figure(figure, job.folder.path("decomposition.png"), options.as_dict())
         layers = [asdict(layer) for layer in describe_layers(decomposition)]
         metrics = {
@@ -174,8 +177,23 @@ def _find_modes(job: Job, options: DecomposeOptions, files: Sequence[Path]) -> d
         shrink=options.shrink,
         progress=lambda done, total: job.report("reading checkpoints", done, 2 * total),
     )
-    job.folder.write(job.folder.path(_MODES), decomposition.save)
-    return {"checkpoints": [str(file) for file in files], "left_out": problems}
+    decomposition.save(job.folder.path(_MODES))
+    return {
+        "checkpoints": [str(file) for file in files],
+        "unit": _unit(files, decomposition.epochs),
+        "left_out": problems,
+    }
+
+
+def _unit(files: Sequence[Path], labels: Sequence[int]) -> str:
+    """Return what the labels of the snapshots count."""
+    from cmd_plugin.networks.checkpoints import moment_of
+
+    moments = [moment_of(file) for file in files]
+    for unit in ("epoch", "step"):
+        if [getattr(moment, unit) for moment in moments] == list(labels):
+            return unit
+    return "snapshot"
 
 
 def _measure(job: Job, decomposition: Decomposition, files: Sequence[str]) -> Mapping[str, Any]:
@@ -191,25 +209,23 @@ def _measure(job: Job, decomposition: Decomposition, files: Sequence[str]) -> Ma
     return {"compression_ratio": codec.compression_ratio, **asdict(codec)}
 
 
-def _export(job: Job, decomposition: Decomposition, epochs: Sequence[int]) -> None:
-    from safetensors.torch import save_file
+def _export(job: Job, decomposition: Decomposition, unit: str, labels: Sequence[int]) -> None:
+    from cmd_plugin.networks.weights import save_weights
 
-    snapshots = {epoch: decomposition.snapshot_of(epoch) for epoch in epochs}  # all, or none
-    for epoch, snapshot in snapshots.items():
-        state = decomposition.state_dict_at(snapshot)
-        # Tied entries share memory, which safetensors refuses.
-        state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-        path = job.folder.path(f"epoch={epoch:03d}.safetensors")
-        job.folder.write(path, partial(save_file, state))
+    snapshots = {label: decomposition.snapshot_of(label) for label in labels}  # all, or none
+    for label, snapshot in snapshots.items():
+        path = job.folder.path(f"{unit}={label:03d}.safetensors")
+        save_weights(path, decomposition.state_dict_at(snapshot))
 
 
-def _draw(decomposition: Decomposition) -> Figure:
+def _draw(decomposition: Decomposition, unit: str) -> Figure:
     from cmd_plugin.modes.plots import plot_explained, plot_mode_share, plot_profiles
 
     with figure_style():
         figure = new_figure(15.0, 5.5)
         profiles, shares, explained = figure.subplots(1, 3)
         plot_profiles(decomposition, profiles)
+        profiles.set_xlabel(unit)
         plot_mode_share(decomposition, shares)
         plot_explained(decomposition, explained)
     return figure

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.networks.names import by_clean_name, clean_name
+from cmd_plugin.runs.tensors import Schema
 
 __all__ = [
     "INDEX_SUFFIX",
@@ -42,6 +43,7 @@ __all__ = [
     "load_weights",
     "read_numbers",
     "read_weights",
+    "save_weights",
     "shards_of",
 ]
 
@@ -50,6 +52,8 @@ Which = Literal["shown", "trained"]
 them; ``"trained"``: those that the optimizer moved."""
 
 INDEX_SUFFIX = ".index.json"
+
+_SCHEMA = Schema("network", 1, "a network")
 
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "net")
 _TRAINED = "current_model_state"
@@ -88,6 +92,19 @@ def read_weights(path: str | Path, which: Which = "shown") -> dict[str, Tensor]:
         return by_clean_name((name, tensor.detach()) for name, tensor in tensors.items())
     except InputError as error:
         raise InputError(f"{path} cannot be used: {error}") from None
+
+
+def save_weights(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write a state_dict as safetensors that any reader takes, in one step.
+
+    Args:
+        path: The file.
+        state: Tensors by name; those that share memory are written once each.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
+    _SCHEMA.save(path, state, {})
 
 
 def load_weights(model: nn.Module, path: str | Path, which: Which = "shown") -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cmd_plugin.errors import InputError
+from cmd_plugin.jobs import decompose
 from cmd_plugin.jobs.decompose import DecomposeOptions, run
 from cmd_plugin.modes import Decomposition
 from cmd_plugin.runs.figures import read_about
@@ -52,6 +53,7 @@ def test_the_result_says_what_was_found_on_what(folder: Path, tmp_path: Path) ->
     )
     assert result.data == {
         "checkpoints": [str(folder / f"epoch={epoch}.safetensors") for epoch in range(EPOCHS)],
+        "unit": "epoch",
         "left_out": [],
     }
     assert result.metrics["parameters"] == 345
@@ -72,6 +74,32 @@ def test_an_exported_epoch_is_that_snapshot(folder: Path, tmp_path: Path) -> Non
         expected = saved.state_dict_at(epoch)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "labels"),
+    [
+        ("checkpoint-{}/model.safetensors", "step", [100, 200, 1000]),
+        ("net_{}.safetensors", "snapshot", [100, 200, 1000]),
+    ],
+)
+def test_what_numbers_the_snapshots_is_said(
+    tmp_path: Path, name: str, unit: str, labels: list[int]
+) -> None:
+    """Steps are no epochs: neither on the axis nor in the name of an exported file."""
+    weights = torch.randn(50)
+    files = [tmp_path / name.format(label) for label in labels]
+    for number, file in enumerate(files):
+        file.parent.mkdir(exist_ok=True)
+        save_file({"weight": weights * (1 + number)}, file)
+    chosen = DecomposeOptions(inputs=tuple(reversed(files)), modes=1, samples=50, export=(200,))
+    result = run(chosen, tmp_path / "out")
+    assert result.data["unit"] == unit
+    assert result.metrics["epochs"] == labels
+    found = load_file(tmp_path / "out" / f"{unit}=200.safetensors")["weight"]
+    torch.testing.assert_close(found, 2 * weights, rtol=2.0**-8, atol=0.0)  # bfloat16 inside
+    figure = decompose._draw(Decomposition.load(tmp_path / "out" / "modes.safetensors"), unit)
+    assert figure.axes[0].get_xlabel() == unit
 
 
 def test_an_unknown_epoch_exports_nothing(folder: Path, tmp_path: Path) -> None:

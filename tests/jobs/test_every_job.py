@@ -33,8 +33,8 @@ CASES = [
     ),
     JobCase(
         "decompose",
-        ("{inputs}", "--modes", "3", "--samples", "40", "--export", "2"),
-        ("--modes", "2"),
+        ("{inputs}", "--modes", "2", "--samples", "40", "--export", "2"),
+        ("--modes", "1"),
     ),
     JobCase(
         "points train",
@@ -56,7 +56,6 @@ CASES = [
         "points explain",
         ("{inputs}/cloud.npy", "--weights", "{inputs}/point/model.safetensors"),
         ("--measure", "entropy"),
-        varying=("view.html",),  # plotly draws a random name for its frame
     ),
     JobCase(
         "federated simulate",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cmd_plugin.networks.weights import save_weights
 from cmd_plugin.runs.job import Job
 from cmd_plugin.runs.tensors import Schema
 
@@ -99,7 +100,4 @@ class TrainingFiles:
 
     def keep_network(self, state: Mapping[str, Tensor]) -> None:
         """Write the network with modelled weights, a plain state_dict that any reader takes."""
-        NETWORK.save(self.path("model_cmd.safetensors"), state, {})
-
-
-NETWORK = Schema("network", 1, "a network")
+        save_weights(self.path("model_cmd.safetensors"), state)
