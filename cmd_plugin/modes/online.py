@@ -230,7 +230,7 @@ class OnlineModes:
         with torch.inference_mode(False), torch.no_grad():
             view = self._read(source)
             mine = settings.project != "epoch" and (source is None or source is self._model)
-            own = self._owned(optimizers) if mine else None
+            own = self._owned(optimizers if mine else ())
             if profile is None and settings.project == "pool":
                 profile = tied.pool(view, own)
             elif profile is None:
@@ -478,14 +478,12 @@ class OnlineModes:
             )
         self.settings.require_same(state["config"])
         warmup: WarmUp | None = None
-        tracker: Tracker | None = None
         embedder: Embedder | None = None
         # All is made new before anything of this object changes; and later updates are in place.
         with torch.inference_mode(False), torch.no_grad():
             samples, updates = state["samples"].clone(), int(state["updates"])
-            if state["tracker"] is not None:
-                tracker = Tracker.from_state(state["tracker"])
-            elif not state["still"]:
+            tracker = None if state["tracker"] is None else Tracker.from_state(state["tracker"])
+            if tracker is None and not state["still"]:
                 warmup = WarmUp(self.settings, self.layout, samples, self._store_device)
                 warmup.load_state_dict(state["warmup"])
             embedding, held = self.settings.embedding, state.get("embedder")
