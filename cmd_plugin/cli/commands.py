@@ -125,7 +125,8 @@ def make_function(command: Command, act: Callable[[Command, Given], int]) -> Cal
 
 
 def _own_parameters(kind: type[JobOptions]) -> list[inspect.Parameter]:
-    found, panels = [], {}
+    found: list[inspect.Parameter] = []
+    panels: dict[str, Group] = {}
     for field, hint, about in option_fields(kind):
         panel = panels.setdefault(about.panel, Group.create_ordered(about.panel))
         negative: Any = ()

@@ -115,7 +115,8 @@ def plot_explained(
     figure, ax = axes_or_new(ax)
     layers, names = _shown(decomposition)
     explained = decomposition.explained_variance_by_layer()
-    ax.barh(range(len(layers)), [explained[name] for name in names], color=PALETTE[0])
+    shares = np.nan_to_num([explained[name] for name in names])  # NaN: it does not move
+    ax.barh(range(len(layers)), shares, color=PALETTE[0])
     ax.axvline(decomposition.explained_variance(), color="0.3", linestyle="--", linewidth=1.0)
     _name_layers(ax, names, len(decomposition.layout.names))
     ax.set(
@@ -127,7 +128,8 @@ def plot_explained(
 
 
 def _name_layers(ax: Axes, names: Sequence[str], total: int) -> None:
-    short = [name if len(name) <= 28 else f"…{name[-27:]}" for name in names]
+    # Both ends: layers differ at the front, the tensors of one layer at the back.
+    short = [name if len(name) <= 32 else f"{name[:16]}…{name[-15:]}" for name in names]
     ax.set_yticks(range(len(names)), short, fontsize="x-small")
     ax.invert_yaxis()
     if len(names) < total:

@@ -101,11 +101,20 @@ def published(out: Path, case: JobCase) -> dict[str, Any]:
         if name == "result.json":
             content = json.loads(path.read_text(encoding="utf-8"))
             found[name] = _without_times({k: v for k, v in content.items() if k != "machine"})
+        elif name.endswith(".safetensors"):
+            found[name] = _read_tensors(path)
         elif not name.endswith((".png", ".ckpt", *case.varying)):
             found[name] = path.read_bytes()
         else:
             found[name] = None
     return found
+
+
+def _read_tensors(path: Path) -> tuple[Any, bytes]:
+    """Header and bytes of a safetensors file, whose metadata are in no particular order."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:start]), data[start:]
 
 
 def _without_times(content: Any) -> Any:

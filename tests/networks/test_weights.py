@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from cmd_plugin.errors import InputError, PluginError, StateMismatch
 from cmd_plugin.networks import load_weights, read_weights
 from cmd_plugin.networks.names import by_clean_name, clean_name
-from cmd_plugin.networks.weights import read_numbers, shards_of
+from cmd_plugin.networks.weights import read_numbers, save_weights, shards_of
 
 STATE = {"w": torch.arange(4.0), "n": torch.tensor(3)}
 
@@ -86,6 +86,24 @@ def test_the_choice_between_shown_and_trained_weights_is_one_argument(tmp_path: 
 def test_safetensors(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "model.safetensors")
     assert read_weights(tmp_path / "model.safetensors").keys() == STATE.keys()
+
+
+def test_what_is_saved_is_read(tmp_path: Path) -> None:
+    """Also tied tensors, views of others, and other types than float32."""
+    table = torch.randn(6, 4)
+    state = {
+        "embedding": table,
+        "head": table,
+        "turned": table.T,
+        "half": torch.randn(3).bfloat16(),
+        "count": torch.tensor(7),
+    }
+    save_weights(tmp_path / "net.safetensors", state)
+    found = read_weights(tmp_path / "net.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    assert all(found[name].dtype == value.dtype for name, value in state.items())
+    assert (tmp_path / "net.safetensors").stat().st_mode & 0o044
 
 
 def test_gradients_are_left_behind_and_shared_tensors_stay_shared(tmp_path: Path) -> None:
