@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
-from cmd_plugin.errors import InputError
+from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.federated.codec import ModeCodec
 from cmd_plugin.federated.frame import FLAG_REPLY_DELTA, KIND_DOWN, Frame, Header
 from cmd_plugin.federated.packing import Flat
@@ -21,6 +25,21 @@ __all__ = ["APFStrategy", "FedPAQStrategy", "TopKStrategy"]
 
 def _identity(flat: Flat) -> int:
     return int.from_bytes(hashlib.sha256(flat.tobytes()).digest()[:8], "little") or 1
+
+
+def _vector(tensor: Tensor, dtype: Any, numel: int) -> npt.NDArray[Any]:
+    """Return a saved vector as an array of its own.
+
+    Raises:
+        StateMismatch: If it is not [numel] of that dtype.
+    """
+    array = np.array(tensor.numpy())
+    if array.shape != (numel,) or array.dtype != dtype:
+        raise StateMismatch(
+            f"a saved vector is {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} "
+            f"[{numel}]: use the same model."
+        )
+    return array
 
 
 class APFStrategy(FrameStrategy):
@@ -48,6 +67,14 @@ class APFStrategy(FrameStrategy):
         mask_bytes: Bytes of masks sent so far.
     """
 
+    _VECTORS: ClassVar[dict[str, type]] = {
+        "_mask": np.bool_,
+        "_mean": np.float64,
+        "_absolute": np.float64,
+        "_period": np.int64,
+        "_until": np.int64,
+    }
+
     def __init__(
         self,
         inner: Strategy,
@@ -66,10 +93,52 @@ class APFStrategy(FrameStrategy):
         self.threshold = threshold
         self.decay = decay
         self.aggressive = aggressive
+        self._settings |= {
+            "threshold": threshold,
+            "decay": decay,
+            "aggressive": aggressive,
+            "seed": seed,
+        }
         self.mask_bytes = 0
         self._generator = np.random.default_rng(seed)
         self._mask: npt.NDArray[np.bool_] | None = None
         self._values = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next round depends on; see :meth:`FrameStrategy.state_dict`."""
+        vectors = None
+        if self._mask is not None:
+            vectors = {
+                name: torch.from_numpy(getattr(self, name).copy()) for name in self._VECTORS
+            }
+        return {
+            **super().state_dict(),
+            "threshold": self.threshold,
+            "mask_bytes": self.mask_bytes,
+            "generator": self._generator.bit_generator.state,
+            "values": self._values,
+            "vectors": vectors,
+        }
+
+    def _read_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        changes = super()._read_state(state)
+        generator = np.random.default_rng()
+        generator.bit_generator.state = state["generator"]
+        vectors: dict[str, Any] = {"_mask": None}
+        if state["vectors"] is not None:
+            numel = changes["_codec"].packing.numel
+            vectors = {
+                name: _vector(state["vectors"][name], dtype, numel)
+                for name, dtype in self._VECTORS.items()
+            }
+        return {
+            **changes,
+            **vectors,
+            "threshold": float(state["threshold"]),
+            "mask_bytes": int(state["mask_bytes"]),
+            "_generator": generator,
+            "_values": int(state["values"]),
+        }
 
     @property
     def frozen(self) -> npt.NDArray[np.bool_] | None:
@@ -147,6 +216,20 @@ class TopKStrategy(FrameStrategy):
         self._result = 0
         self._frame: Frame | None = None
         self._view: Flat | None = None
+        self._settings |= {"share": share}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next round depends on; see :meth:`FrameStrategy.state_dict`."""
+        view = None if self._view is None else torch.from_numpy(self._view.copy())
+        return {**super().state_dict(), "view": view, "result": self._result}
+
+    def _read_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        changes = super()._read_state(state)
+        view = None
+        if state["view"] is not None:
+            packing = changes["_codec"].packing
+            view = _vector(state["view"], packing.dtype, packing.numel)
+        return {**changes, "_view": view, "_result": int(state["result"]), "_frame": None}
 
     def prepare(self) -> None:
         """Choose the differences to send, and compute what clients will hold then."""
@@ -199,6 +282,7 @@ class FedPAQStrategy(FrameStrategy):
     def __init__(self, inner: Strategy, *, bits: int = 8, statistics: str = "average") -> None:
         super().__init__(inner, statistics=statistics)
         self.bits = check_bits(bits)
+        self._settings |= {"bits": bits}
 
     def frame_for(self, known: Known) -> Frame:
         """Return the whole model."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,14 +91,14 @@ class CMDStrategy(FrameStrategy):
             )
         self.bits = check_bits(bits)
         self.pool = pool
-        self._follow = partial(
-            OnlineModes,
-            modes=modes,
-            warmup=warmup,
-            samples=samples,
-            seed=seed,
-            embedding=self.embedding,
-        )
+        follow: dict[str, Any] = {
+            "modes": modes,
+            "warmup": warmup,
+            "samples": samples,
+            "seed": seed,
+        }
+        self._follow = partial(OnlineModes, **follow, embedding=self.embedding)
+        self._settings |= {**follow, "embedding": asdict(self.embedding), "bits": bits, "pool": pool}
         self._follow(Layout.of_vector(1))  # a wrong setting is told now, not in the first round
         self._modes: OnlineModes | None = None
 
@@ -106,6 +108,19 @@ class CMDStrategy(FrameStrategy):
         if self._modes is None:
             raise PluginError("no round has ended yet, so no snapshot was taken.")
         return self._modes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next round depends on; see :meth:`FrameStrategy.state_dict`."""
+        modes = None if self._modes is None else self._modes.state_dict()
+        return {**super().state_dict(), "modes": modes}
+
+    def _read_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        changes = super()._read_state(state)
+        modes = None
+        if state["modes"] is not None:
+            modes = self._follow(changes["_codec"].packing.layout)
+            modes.load_state_dict(state["modes"])
+        return {**changes, "_modes": modes}
 
     def frame_for(self, known: Known) -> Frame:
         """Return the free values, and what the client lacks of the plan."""

@@ -10,6 +10,9 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from cmd_plugin.errors import StateMismatch
+from cmd_plugin.federated._memory import read_records, save_records
+
 __all__ = ["InProcessGrid"]
 
 _RUN = 1
@@ -67,6 +70,36 @@ class InProcessGrid(Grid):
             run_config=cast(Any, dict(self._run_config)),
         )
         return node
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what all clients keep in their contexts, to be saved between two rounds.
+
+        It holds tensors on the CPU, numbers, strings, lists and dicts only.
+        """
+        contexts = [[node, save_records(c.state)] for node, c in self.contexts.items()]
+        return {"sent": self._sent, "contexts": contexts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give all clients back what :meth:`state_dict` returned.
+
+        Raises:
+            StateMismatch: If it is of other nodes, or damaged; nothing is changed then.
+        """
+        try:
+            sent = int(state["sent"])
+            states = {int(node): read_records(rows) for node, rows in state["contexts"]}
+        except StateMismatch:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise StateMismatch(f"the clients' state is damaged ({error!r}): start anew.") from error
+        if [*states] != [*self.contexts]:
+            raise StateMismatch(
+                f"the saved state is of {len(states)} other nodes than these {len(self.contexts)}: "
+                "let the same ones join first."
+            )
+        self._sent = sent
+        for node, records in states.items():
+            self.contexts[node].state = records
 
     def set_run(self, run: Any) -> None:
         """There is one run only."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from cmd_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["parse_partition", "partition_indices"]
 
@@ -55,6 +58,8 @@ def partition_indices(
     Raises:
         InputError: If there are too few images for so many clients.
     """
+    import numpy as np  # not above: the command line checks the text without it
+
     alpha = parse_partition(partition)
     count = len(labels)
     if clients < 1:

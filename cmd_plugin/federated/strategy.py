@@ -6,7 +6,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from cmd_plugin.errors import InputError, NonFiniteError
+from cmd_plugin.errors import InputError, NonFiniteError, StateMismatch
 from cmd_plugin.federated._flower import (
     RESYNC,
     dense_record,
@@ -26,6 +26,13 @@ from cmd_plugin.federated._flower import (
     numpy_arrays,
     serialised_bytes,
     with_record,
+)
+from cmd_plugin.federated._memory import (
+    bytes_of,
+    require_same,
+    restore_strategy,
+    save_strategy,
+    tensor_of,
 )
 from cmd_plugin.federated.codec import ModeCodec
 from cmd_plugin.federated.frame import Frame, FrameError
@@ -36,6 +43,8 @@ from cmd_plugin.federated.values import Known
 __all__ = ["FrameStrategy", "Refusal"]
 
 _log = logging.getLogger(__name__)
+
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -113,9 +122,12 @@ class FrameStrategy(Strategy):
         self.traffic = Traffic()
         self.refusals: list[Refusal] = []
         self.resyncs = 0
-        self._packing_of = partial(
-            Packing.of, include=include, exclude=exclude, statistics=statistics
-        )
+        self._settings: dict[str, Any] = {
+            "include": list(include),
+            "exclude": list(exclude),
+            "statistics": statistics,
+        }
+        self._packing_of = partial(Packing.of, **self._settings)
         self._codec: ModeCodec | None = None
         self._known: dict[int, Known] = {}
         self._sent: dict[int, _Sent] = {}
@@ -160,6 +172,70 @@ class FrameStrategy(Strategy):
     def summary(self) -> None:
         """Log the configuration of the inner strategy."""
         self.inner.summary()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next round depends on, to be saved between two rounds.
+
+        It holds tensors on the CPU, numbers, strings, None, lists and dicts only, so that
+        ``torch.load(weights_only=True)`` reads it. The global model is not in it.
+
+        Raises:
+            InputError: If what the inner strategy remembers cannot be saved.
+        """
+        codec = None if self._codec is None else self._codec.to_bytes()
+        return {
+            "version": _VERSION,
+            "kind": type(self).__name__,
+            "settings": dict(self._settings),
+            "inner": save_strategy(self.inner),
+            "round": self.round,
+            "codec": None if codec is None else {n: tensor_of(part) for n, part in codec.items()},
+            "known": [[node, k.layout, k.plan, k.values] for node, k in self._known.items()],
+            "traffic": self.traffic.state_dict(),
+            "refusals": [[r.round, r.node, r.field, r.reason] for r in self.refusals],
+            "resyncs": self.resyncs,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned, bit for bit.
+
+        Raises:
+            StateMismatch: If it is of another strategy, version, model or setting, or damaged;
+                nothing is changed then.
+        """
+        named = {"version": _VERSION, "kind": type(self).__name__}
+        require_same(state, named, "the saved strategy")
+        try:
+            require_same(state["settings"], self._settings, "the saved strategy")
+            changes, inner = self._read_state(state), state["inner"]
+        except StateMismatch:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise StateMismatch(
+                f"the saved {named['kind']} is damaged ({error!r}): start anew."
+            ) from error
+        restore_strategy(self.inner, inner)
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def _read_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the attributes a state stands for, checked, by name; changes nothing."""
+        codec = None
+        if state["codec"] is not None:
+            codec = ModeCodec.from_bytes({n: bytes_of(t) for n, t in state["codec"].items()})
+            if self._codec is not None and codec.packing.identity != self.codec.packing.identity:
+                raise StateMismatch("the saved strategy is of another model: use the same one.")
+        return {
+            "round": int(state["round"]),
+            "_codec": codec,
+            "_known": {
+                int(node): Known(int(layout), int(plan), int(values))
+                for node, layout, plan, values in state["known"]
+            },
+            "traffic": Traffic.from_state(state["traffic"]),
+            "refusals": [Refusal(*refusal) for refusal in state["refusals"]],
+            "resyncs": int(state["resyncs"]),
+        }
 
     # -- out --------------------------------------------------------------------------------------
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from cmd_plugin.errors import StateMismatch
 from cmd_plugin.federated._flower import payload_bytes, serialised_bytes
 
 __all__ = ["MeteredGrid", "Traffic"]
@@ -52,12 +53,28 @@ class Traffic:
         self.plain_down += size if plain is None else plain
 
     def count_up(self, message: Message) -> int:
-        """Count a reply, and return its message bytes; see :meth:`count_plain_up`."""
+        """Count a reply, and return its message bytes; :attr:`plain_up` is for the caller."""
         size = serialised_bytes(message)
         self.messages_up += 1
         self.payload_up += payload_bytes(message.content) if message.has_content() else 0
         self.bytes_up += size
         return size
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counters by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, int]) -> Traffic:
+        """Return the counters that :meth:`state_dict` described.
+
+        Raises:
+            StateMismatch: If they are not all there, as whole numbers.
+        """
+        names = [field.name for field in fields(cls)]
+        if [*state] != names or not all(type(count) is int for count in state.values()):
+            raise StateMismatch("the saved counts of messages and bytes are damaged: start anew.")
+        return cls(**state)
 
 
 class MeteredGrid(Grid):

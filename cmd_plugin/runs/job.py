@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -159,6 +160,8 @@ class Job:
                 "seconds": {"total": total, **(seconds or {})},
             }
         )
+        if self.out is None:  # its temporary folder is about to go
+            result = replace(result, out=None)
         self.result = result
         return result
 

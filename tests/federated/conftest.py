@@ -27,10 +27,9 @@ if importlib.util.find_spec("flwr") is None:  # pure tests still run
     collect_ignore = [
         "test_baselines.py",
         "test_composition.py",
-        "test_deployment.py",
         "test_lightning.py",
         "test_refusals.py",
-        "test_simulation.py",
+        "test_state.py",
         "test_strategy.py",
         "test_traffic.py",
         "test_training.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, cast
@@ -12,28 +11,26 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, TensorDataset
 
-from cmd_plugin.data import ImageData, load_dataset, make_loader
+from cmd_plugin.data import ImageData, load_dataset
 from cmd_plugin.data.splits import stratified_subset
-from cmd_plugin.errors import InputError
 from cmd_plugin.federated.baselines import APFStrategy, FedPAQStrategy, TopKStrategy
 from cmd_plugin.federated.client import cmd_mod
 from cmd_plugin.federated.cmd_strategy import CMDStrategy
-from cmd_plugin.federated.config import FederatedConfig
 from cmd_plugin.federated.partition import partition_indices
 from cmd_plugin.federated.traffic import MeteredGrid
 from cmd_plugin.federated.training import embedded_training
+from cmd_plugin.jobs.federated.options import SimulateOptions
 from cmd_plugin.modes import Embedding
-from cmd_plugin.networks import Score, build_model, evaluate
-from cmd_plugin.training._environment import own_random_state, own_threads
+from cmd_plugin.networks import build_model
+from cmd_plugin.runs.process import own_random_state, own_threads
 
-__all__ = ["OrderedGrid", "initial_arrays", "make_client_app", "make_strategy", "serve"]
+__all__ = ["OrderedGrid", "initial_arrays", "make_client_app", "make_strategy"]
 
-_EVALUATION_BATCH = 512
 _QUERY_TIMEOUT_S = 120.0
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -47,10 +44,10 @@ def load_data(
     return load_dataset(name, data_root=root, seed=seed, train_limit=limit, image_size=size)
 
 
-def data_of(config: FederatedConfig) -> ImageData:
+def data_of(options: SimulateOptions) -> ImageData:
     """Return the data set of a run."""
     return load_data(
-        config.data, config.data_root, config.seed, config.train_limit, config.image_size
+        options.data, options.data_root, options.seed, options.train_limit, options.image_size
     )
 
 
@@ -62,44 +59,44 @@ def _parts(
     return partition_indices(labels, clients, partition, seed)
 
 
-def part_of(config: FederatedConfig, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def part_of(options: SimulateOptions, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return the indices of the training images of one client."""
-    key = (config.data, config.data_root, config.seed, config.train_limit, config.image_size)
-    return _parts(key, config.clients, config.partition, config.seed)[number]
+    key = (options.data, options.data_root, options.seed, options.train_limit, options.image_size)
+    return _parts(key, options.clients, options.partition, options.seed)[number]
 
 
-def held_out_images(config: FederatedConfig) -> Dataset[tuple[Tensor, Tensor]]:
+def held_out_images(options: SimulateOptions) -> Dataset[tuple[Tensor, Tensor]]:
     """Return the images the global model is evaluated on.
 
     Raises:
         InputError: If more are asked for than there are.
     """
-    test = data_of(config).test
-    if config.test_limit is None:
+    test = data_of(options).test
+    if options.test_limit is None:
         return test
     labels = cast(Any, test).labels
-    chosen = stratified_subset(labels, config.test_limit, config.seed)
+    chosen = stratified_subset(labels, options.test_limit, options.seed)
     return cast(
         "Dataset[tuple[Tensor, Tensor]]", TensorDataset(*cast(Any, test).__getitems__(chosen))
     )
 
 
-def network(config: FederatedConfig, data: ImageData) -> nn.Module:
+def network(options: SimulateOptions, data: ImageData) -> nn.Module:
     """Build the network of a run; initial weights come from torch's global random state."""
-    return build_model(config.model, data.channels, len(data.classes), data.size)
+    return build_model(options.model, data.channels, len(data.classes), data.size)
 
 
-def initial_arrays(config: FederatedConfig) -> ArrayRecord:
+def initial_arrays(options: SimulateOptions) -> ArrayRecord:
     """Return the model every run with this seed starts from."""
     with own_random_state():
-        torch.manual_seed(config.seed)
-        return ArrayRecord(network(config, data_of(config)).state_dict())
+        torch.manual_seed(options.seed)
+        return ArrayRecord(network(options, data_of(options)).state_dict())
 
 
 # -- clients --------------------------------------------------------------------------------------
 
 
-def make_client_app(config: FederatedConfig | None = None) -> ClientApp:
+def make_client_app(options: SimulateOptions | None = None) -> ClientApp:
     """Return a client that trains an image classifier on its part of a data set.
 
     Its part is number ``partition-id`` of the node's configuration. It takes part in every strategy
@@ -107,12 +104,12 @@ def make_client_app(config: FederatedConfig | None = None) -> ClientApp:
     obeyed.
 
     Args:
-        config: Options of the run; None reads them from Flower's run configuration.
+        options: Options of the run; None reads them from Flower's run configuration.
     """
     app = ClientApp(mods=[cmd_mod])
 
-    def options(context: Context) -> FederatedConfig:
-        return config or FederatedConfig.from_run_config(context.run_config)
+    def of_run(context: Context) -> SimulateOptions:
+        return options or SimulateOptions.from_run_config(context.run_config)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
@@ -122,28 +119,28 @@ def make_client_app(config: FederatedConfig | None = None) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _train(message, context, options(context))
+        return _train(message, context, of_run(context))
 
     return app
 
 
-def _train(message: Message, context: Context, config: FederatedConfig) -> Message:
+def _train(message: Message, context: Context, options: SimulateOptions) -> Message:
     settings = cast(ConfigRecord, message.content["config"])
     number = int(context.node_config["partition-id"])
     round_number = int(cast(int, settings["server-round"]))
-    data, part = data_of(config), part_of(config, number)
-    with own_random_state(), own_threads(config.threads):
-        model = network(config, data)
+    data, part = data_of(options), part_of(options, number)
+    with own_random_state(), own_threads(options.threads):
+        model = network(options, data)
         arrays = cast(ArrayRecord, message.content["arrays"])
         model.load_state_dict(arrays.to_torch_state_dict())
-        draw = np.random.SeedSequence([config.seed, number, round_number]).generate_state(1)
+        draw = np.random.SeedSequence([options.seed, number, round_number]).generate_state(1)
         torch.manual_seed(int(draw[0]))  # dropout, if the network has it
         with embedded_training(context, model):
             loss = _fit(
                 model,
-                lambda epoch: _batches(data, part, config, number, epoch),
-                config,
-                first_epoch=(round_number - 1) * config.local_epochs,
+                lambda epoch: _batches(data, part, options, number, epoch),
+                options,
+                first_epoch=(round_number - 1) * options.local_epochs,
                 proximal=float(cast(float, settings.get("proximal-mu", 0.0))),
             )
     metrics = MetricRecord({"num-examples": len(part), "train-loss": loss})
@@ -152,11 +149,11 @@ def _train(message: Message, context: Context, config: FederatedConfig) -> Messa
 
 
 def _batches(
-    data: ImageData, part: Any, config: FederatedConfig, number: int, epoch: int
+    data: ImageData, part: Any, options: SimulateOptions, number: int, epoch: int
 ) -> Batches:
     """Batches of one client's epoch; their order depends on nothing but seed, client and epoch."""
-    order = part[np.random.default_rng([config.seed, number, epoch]).permutation(len(part))]
-    size = config.batch_size
+    order = part[np.random.default_rng([options.seed, number, epoch]).permutation(len(part))]
+    size = options.batch_size
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         if len(chosen) > 1 or len(order) == 1:  # BatchNorm cannot learn from one image
@@ -166,7 +163,7 @@ def _batches(
 def _fit(
     model: nn.Module,
     batches: Callable[[int], Batches],
-    config: FederatedConfig,
+    options: SimulateOptions,
     *,
     first_epoch: int,
     proximal: float,
@@ -174,14 +171,14 @@ def _fit(
     """Train for a round; the mean loss over all images, before their steps."""
     optimizer = torch.optim.SGD(
         model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
     )
     start = [p.detach().clone() for p in model.parameters()] if proximal else []
     model.train()
     total, count = 0.0, 0
-    for epoch in range(first_epoch, first_epoch + config.local_epochs):
+    for epoch in range(first_epoch, first_epoch + options.local_epochs):
         for images, labels in batches(epoch):
             optimizer.zero_grad(set_to_none=True)
             loss = cross_entropy(model(images), labels)
@@ -197,48 +194,43 @@ def _fit(
 # -- server ---------------------------------------------------------------------------------------
 
 
-def make_strategy(config: FederatedConfig, *, available: int | None = None) -> Strategy:
-    """Return the strategy of a run's method, around Flower's FedAvg.
-
-    Args:
-        config: Options of the run.
-        available: Clients that must be connected before a round starts; all by default.
-    """
+def make_strategy(options: SimulateOptions) -> Strategy:
+    """Return the strategy of a run's method, around Flower's FedAvg; it waits for all clients."""
     inner = FedAvg(
-        fraction_train=config.fraction,
+        fraction_train=options.fraction,
         fraction_evaluate=0.0,
-        min_train_nodes=config.clients_per_round,
-        min_available_nodes=config.clients if available is None else available,
+        min_train_nodes=options.clients_per_round,
+        min_available_nodes=options.clients,
     )
-    if config.method == "cmd":
+    if options.method == "cmd":
         embedding = Embedding(
-            config.embed_every,
-            config.embed_percent,
-            config.relative,
-            cast(Any, config.project),
+            options.embed_every,
+            options.embed_percent,
+            options.relative,
+            cast(Any, options.project),
         )
         return CMDStrategy(
             inner,
             embedding,
-            modes=config.modes,
-            warmup=config.warmup,
-            samples=config.samples,
-            bits=config.bits,
-            pool=config.pool,
-            seed=config.seed,
+            modes=options.modes,
+            warmup=options.warmup,
+            samples=options.samples,
+            bits=options.bits,
+            pool=options.pool,
+            seed=options.seed,
         )
-    if config.method in ("apf", "a-apf"):
+    if options.method in ("apf", "a-apf"):
         return APFStrategy(
             inner,
-            threshold=config.apf_threshold,
-            decay=config.apf_decay,
-            aggressive=config.method == "a-apf",
-            seed=config.seed,
+            threshold=options.apf_threshold,
+            decay=options.apf_decay,
+            aggressive=options.method == "a-apf",
+            seed=options.seed,
         )
-    if config.method == "topk":
-        return TopKStrategy(inner, share=config.topk)
-    if config.method == "fedpaq":
-        return FedPAQStrategy(inner, bits=config.bits or 8)
+    if options.method == "topk":
+        return TopKStrategy(inner, share=options.topk)
+    if options.method == "fedpaq":
+        return FedPAQStrategy(inner, bits=options.bits or 8)
     return inner
 
 
@@ -286,50 +278,3 @@ class OrderedGrid(MeteredGrid):
 
     def _place(self, node: int | None) -> tuple[int, int]:
         return self.partitions.get(node or 0, len(self.partitions)), node or 0
-
-
-def serve(
-    grid: MeteredGrid,
-    config: FederatedConfig,
-    strategy: Strategy,
-    on_round: Callable[[int, Score], None] | None = None,
-    *,
-    timeout_s: float = 3600.0,
-) -> Result:
-    """Run a training to its end, and evaluate the global model on held-out images each round.
-
-    Args:
-        grid: The engine's grid, metered.
-        config: Options of the run.
-        strategy: From :func:`make_strategy`.
-        on_round: Called after each round, and as round 0 before the first.
-        timeout_s: How long to wait for clients in a round.
-
-    Raises:
-        InputError: If the training diverges.
-    """
-    data = data_of(config)
-    held_out = make_loader(held_out_images(config), _EVALUATION_BATCH)
-    with own_random_state():
-        model = network(config, data)
-
-    def score(round_number: int, arrays: ArrayRecord) -> MetricRecord:
-        with own_threads(config.threads):
-            model.load_state_dict(arrays.to_torch_state_dict())
-            found = evaluate(model, held_out)
-        if not math.isfinite(found.loss):
-            raise InputError(
-                f"the training diverged in round {round_number}: the held-out loss is "
-                f"{found.loss}; lower --lr."
-            )
-        if on_round is not None:
-            on_round(round_number, found)
-        return MetricRecord({"loss": found.loss, "accuracy": found.accuracy})
-
-    return strategy.start(
-        grid=grid,
-        initial_arrays=initial_arrays(config),
-        num_rounds=config.rounds,
-        timeout=timeout_s,
-        evaluate_fn=score,
-    )

@@ -1,0 +1,113 @@
+"""Options of a federated run: what is refused, and what an app's configuration may hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any, get_args
+
+import pytest
+
+from cmd_plugin.errors import InputError
+from cmd_plugin.federated.quantise import BITS
+from cmd_plugin.jobs.federated.options import METHODS, SimulateOptions
+from cmd_plugin.modes.settings import Projection
+from cmd_plugin.runs.options import option_fields
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"method": "sgd"}, "--method must be one of fedavg, cmd, apf, a-apf, topk, fedpaq"),
+        ({"engine": "grpc"}, "--engine must be one of inprocess, ray, got grpc"),
+        ({"project": "never"}, "--project must be one of epoch, step, tie"),
+        ({"clients": 0}, "--clients must be at least 1, got 0"),
+        ({"fraction": 0.0}, "--fraction must be above 0 and at most 1, got 0.0"),
+        ({"lr": 0.0}, "--lr must be above 0, got 0.0"),
+        ({"lr": float("inf")}, "--lr must be above 0, got inf"),
+        ({"momentum": 1.0}, "--momentum must be at least 0 and below 1"),
+        ({"warmup": 1}, "--warmup must be at least 2, got 1"),
+        ({"embed_percent": 101.0}, "--embed-percent must be above 0 and at most 100"),
+        ({"bits": 16}, "--bits must be 4 or 8, got 16"),
+        ({"partition": "dirichlet:0"}, "--partition must be iid or dirichlet:ALPHA"),
+        ({"rounds": 8}, r"--rounds must be above --warmup \(8\), got 8"),
+    ],
+)
+def test_out_of_range_is_one_sentence(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        SimulateOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("fedavg", {"bits": 8}),
+        ("topk", {"bits": 8}),
+        ("cmd", {"topk": 0.2}),
+        ("cmd", {"apf_threshold": 0.1}),
+        ("topk", {"apf_decay": 0.5}),
+        *(
+            ("apf", {name: value})
+            for name, value in {
+                "warmup": 3,
+                "modes": 10,
+                "samples": 100,
+                "embed_every": 2,
+                "embed_percent": 10.0,
+                "relative": False,
+                "project": "tie",
+                "pool": False,
+            }.items()
+        ),
+    ],
+)
+def test_an_option_of_another_method_is_refused(method: str, options: dict[str, Any]) -> None:
+    (name,) = options
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(InputError, match=f"{flag} has an effect only with --method .* is {method}"):
+        SimulateOptions(method=method, **options)
+    fields = {field.name: about for field, _, about in option_fields(SimulateOptions)}
+    allowed = str(fields[name].only["method"][0])
+    assert SimulateOptions(method=allowed, **options).as_dict()[name] == options[name]
+
+
+def test_what_may_differ_when_a_run_is_resumed() -> None:
+    options = SimulateOptions()
+    assert set(options.as_dict()) - set(options.deciding()) == {"data_root", "engine", "threads"}
+
+
+def test_choices_are_those_of_the_room() -> None:
+    fields = {field.name: about for field, _, about in option_fields(SimulateOptions)}
+    assert fields["project"].choices == get_args(Projection)
+    assert fields["method"].choices == METHODS
+    for bits in BITS:
+        assert SimulateOptions(bits=bits).bits == bits
+
+
+def test_an_apps_configuration() -> None:
+    """Dashes, other names, empty for None, and settings of methods that were not chosen."""
+    config: dict[str, Any] = {
+        "data-root": "",
+        "train-limit": 0,
+        "bits": 0,
+        "embed-every": 3,
+        "apf-threshold": 0.5,
+        "out": "somewhere",
+    }
+    assert SimulateOptions.from_run_config(config) == SimulateOptions(embed_every=3)
+    config["method"] = "apf"
+    expected = SimulateOptions(method="apf", apf_threshold=0.5)
+    assert SimulateOptions.from_run_config(config) == expected
+    with pytest.raises(InputError, match="--rounds must be at least 1"):
+        SimulateOptions.from_run_config({"rounds": 0})
+
+
+def test_options_are_known_without_torch_or_flower() -> None:
+    code = (
+        "import sys\n"
+        "from cmd_plugin.jobs.federated import SimulateOptions\n"
+        "SimulateOptions(partition='dirichlet:0.3')\n"
+        "print(sorted({'torch', 'flwr', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
