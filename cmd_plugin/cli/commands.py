@@ -64,6 +64,11 @@ COMMANDS = (
         "points explain",
         *("points.options", "ExplainOptions", "points.explain:run", "show_points:show_explain"),
     ),
+    _job(
+        "federated simulate",
+        *("federated.options", "SimulateOptions", "federated.simulate:run"),
+        "show_federated:show",
+    ),
     _job("bench kernels", "bench", "BenchOptions", "bench:run", "show_bench:show"),
 )
 

@@ -19,8 +19,7 @@ def show(result: Result) -> None:
     console.print(_table(result))
     up, down = metrics["bytes_up"] / 1e6, metrics["bytes_down"] / 1e6
     console.print(
-        f"accuracy {metrics['accuracy']:.4f} with {up + down:.2f} MB "
-        f"({up:.2f} up, {down:.2f} down)"
+        f"accuracy {metrics['accuracy']:.4f} with {up + down:.2f} MB ({up:.2f} up, {down:.2f} down)"
     )
     console.print(
         f"{metrics['bytes_of_fedavg']:.1%} of FedAvg's {metrics['fedavg_bytes'] / 1e6:.2f} MB"

@@ -108,9 +108,7 @@ class APFStrategy(FrameStrategy):
         """Return all that the next round depends on; see :meth:`FrameStrategy.state_dict`."""
         vectors = None
         if self._mask is not None:
-            vectors = {
-                name: torch.from_numpy(getattr(self, name).copy()) for name in self._VECTORS
-            }
+            vectors = {name: torch.from_numpy(getattr(self, name).copy()) for name in self._VECTORS}
         return {
             **super().state_dict(),
             "threshold": self.threshold,

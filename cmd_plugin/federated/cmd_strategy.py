@@ -98,7 +98,8 @@ class CMDStrategy(FrameStrategy):
             "seed": seed,
         }
         self._follow = partial(OnlineModes, **follow, embedding=self.embedding)
-        self._settings |= {**follow, "embedding": asdict(self.embedding), "bits": bits, "pool": pool}
+        mine = {"embedding": asdict(self.embedding), "bits": bits, "pool": pool}
+        self._settings |= {**follow, **mine}
         self._follow(Layout.of_vector(1))  # a wrong setting is told now, not in the first round
         self._modes: OnlineModes | None = None
 

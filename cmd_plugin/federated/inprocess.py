@@ -91,7 +91,8 @@ class InProcessGrid(Grid):
         except StateMismatch:
             raise
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise StateMismatch(f"the clients' state is damaged ({error!r}): start anew.") from error
+            message = f"the clients' state is damaged ({error!r}): start anew."
+            raise StateMismatch(message) from error
         if [*states] != [*self.contexts]:
             raise StateMismatch(
                 f"the saved state is of {len(states)} other nodes than these {len(self.contexts)}: "

@@ -52,7 +52,7 @@ def fit_round(
     Raises:
         InputError: If the message holds not exactly one ArrayRecord.
     """
-    from cmd_plugin.training._environment import quiet_lightning  # it loads Lightning
+    from cmd_plugin.runs.process import quiet_lightning
 
     records = message.content.array_records
     if len(records) != 1:

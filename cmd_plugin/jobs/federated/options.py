@@ -1,4 +1,4 @@
-"""The options of ``cmd-plugin federated simulate``, and of the same apps where they are deployed."""
+"""The options of ``cmd-plugin federated simulate``, and of the same apps in a deployment."""
 
 from __future__ import annotations
 

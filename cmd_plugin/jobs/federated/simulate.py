@@ -209,9 +209,7 @@ def _write_model(job: Job, federation: Federation) -> None:
     from safetensors.torch import save_file
 
     state = federation.model()
-    job.folder.write(
-        job.folder.path(_MODEL), lambda path: save_file(state, path, {"format": "pt"})
-    )
+    job.folder.write(job.folder.path(_MODEL), lambda path: save_file(state, path, {"format": "pt"}))
 
 
 def _read_model(path: Path) -> dict[str, Tensor]:
