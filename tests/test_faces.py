@@ -1,0 +1,90 @@
+"""Importing a name loads its room and no other: each public name, imported in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NAMES = {
+    room: names
+    for room, names in json.loads((ROOT / "tests/public_api.json").read_text("utf-8")).items()
+    if room != "cmd_plugin"
+}
+METHODS = {"modes", "pointcloud", "diffusion", "clip", "distinction"}
+LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
+PICTURES = {"matplotlib", "plotly"}
+LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh"}
+
+# What must not come along with any name of a room.
+FORBIDDEN = {
+    "cmd_plugin.callbacks": {"flwr", *PICTURES, *LATE},
+    "cmd_plugin.data": {"flwr", *LIGHTNING, *PICTURES, *METHODS, "torchvision", "timm"},
+    "cmd_plugin.errors": {"torch", "numpy"},
+    "cmd_plugin.federated": {*LIGHTNING, *PICTURES, *LATE, "pointcloud"},
+    "cmd_plugin.kernels": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS},
+    "cmd_plugin.modes": {"flwr", *LIGHTNING, *PICTURES, *LATE, "pointcloud"},
+    "cmd_plugin.networks": {"flwr", *LIGHTNING, *PICTURES, *METHODS},
+    "cmd_plugin.pointcloud": {"flwr", *LIGHTNING, *PICTURES, "modes"},
+    "cmd_plugin.runs": {"flwr", *LIGHTNING, *PICTURES, *METHODS, *LATE},
+}
+# Some names have a room's leave to bring more.
+ALSO = {"cmd_plugin.callbacks.CMDCallback": {"pointcloud"}}
+
+# The child starts with what nearly every room needs, and imports each name in a fork of its own:
+# as fresh as a new process, without its seconds.
+CHILD = """
+import json, os, sys
+start = sys.argv[1]
+if start:
+    __import__(start)
+for room, name in json.load(sys.stdin):
+    sys.stdout.flush()
+    if os.fork() == 0:
+        before = set(sys.modules)
+        try:
+            getattr(__import__(room, fromlist=[name]), name)
+            error = ""
+        except Exception as caught:
+            error = repr(caught)
+        came = set(sys.modules) - before
+        tops = {m.split(".")[0] for m in came}
+        tops |= {m.split(".")[1] for m in came if m.startswith("cmd_plugin.")}
+        print(json.dumps([room, name, sorted(tops), error]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("room", sorted(NAMES))
+def test_a_name_brings_no_other_room_along(room: str) -> None:
+    if room == "cmd_plugin.federated":
+        pytest.importorskip("flwr")
+    start = "" if room == "cmd_plugin.errors" else "torch"
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD, start],
+        input=json.dumps([(room, name) for name in NAMES[room]]),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [json.loads(line) for line in child.stdout.splitlines()]
+    assert [row[1] for row in rows] == NAMES[room]
+    for _, name, came, error in rows:
+        assert error == "", name
+        more = ALSO.get(f"{room}.{name}", set())
+        assert not (FORBIDDEN[room] | more) & set(came), (
+            name,
+            (FORBIDDEN[room] | more) & set(came),
+        )
+
+
+def test_every_room_is_looked_at() -> None:
+    assert set(FORBIDDEN) == set(NAMES)
