@@ -52,11 +52,12 @@ def show_robustness(result: Result) -> None:
     console.print(_summary(methods))
     console.print(_members(result.metrics["diversity"]["EPiC"]["all"]))
     if result.options["networks"] is not None:
-        console.print(f"networks were taken from {result.options['networks']}")
+        taken = f"networks were taken from {result.options['networks']}"
+        console.print(taken, soft_wrap=True)  # a path is copied whole
 
 
 def _console() -> Console:
-    return Console(highlight=False, markup=False, soft_wrap=True)
+    return Console(highlight=False, markup=False)
 
 
 def _answer(found: Mapping[str, Any]) -> str:

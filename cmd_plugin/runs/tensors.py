@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,12 @@ class Schema:
                 plain[name] = tensor.clone()
             seen.add(pointer)
         metadata = {"format": "pt", **about, _KEY: self.identity}
-        write_atomically(Path(path), lambda temporary: save_file(plain, temporary, metadata))
+
+        def write(temporary: Path) -> None:
+            save_file(plain, temporary, metadata)
+            _sort_metadata(temporary)
+
+        write_atomically(Path(path), write)
 
     def load(self, path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Read what :meth:`save` wrote; nothing in the file is executed.
@@ -85,6 +91,21 @@ class Schema:
                 return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is damaged ({error}): copy or make it again.") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order, which safetensors writes as they come out of a hash table.
+
+    So equal tensors make equal files. The rest of the header is left as it is.
+    """
+    with path.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # else another version writes JSON otherwise: leave it, it is valid
+            stream.seek(8)
+            stream.write(text.ljust(size))
 
 
 def read_schema(path: str | Path) -> str | None:

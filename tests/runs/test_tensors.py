@@ -25,6 +25,16 @@ def test_tensors_come_back_bit_for_bit_also_where_they_share_memory(tmp_path: Pa
     assert read_schema(tmp_path / "m.safetensors") == "cmd-plugin/modes/1"
 
 
+def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
+    about = {name: f'{name}: "\u00e9\u2028\n\x01" </x>' for name in ("z", "a", "k", "m", "b")}
+    for number in range(8):
+        MODES.save(tmp_path / f"{number}", {"b": torch.ones(3), 'a"\u00e9': torch.ones(2)}, about)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    found, metadata = MODES.load(tmp_path / "0")
+    assert set(found) == {"b", 'a"\u00e9'}
+    assert {name: metadata[name] for name in about} == about
+
+
 def test_another_schema_or_version_is_refused(tmp_path: Path) -> None:
     MODES.save(tmp_path / "m.safetensors", {"a": torch.zeros(1)}, {})
     for other in (Schema("modes", 2, "a decomposition"), Schema("plan", 1, "a plan")):
