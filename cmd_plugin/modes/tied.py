@@ -198,7 +198,8 @@ class TiedWeights:
                 for array in (self.scale, self.offset)
             )
             equation = 1.0 + squares, shift
-            self._equation = equation if own is None else self._equation
+            if own is None:
+                self._equation = equation
         weight, shift = equation
         pull = weights.gather(self.choice.references) + self._fold(parts)
         return (pull if differences else pull - shift) / weight

@@ -12,6 +12,7 @@ import torch
 from mode_toys import (
     Net,
     assert_one_sentence,
+    embedding_run,
     fitted,
     follow,
     same_state,
@@ -222,6 +223,24 @@ def test_another_version_is_refused(state: dict[str, Any]) -> None:
     with pytest.raises(StateMismatch) as caught:
         OnlineModes(Net(), **OPTIONS).load_state_dict(state)
     assert_one_sentence(caught.value, "version", repr(state.get("version")))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["samples", "updates", "tracker/mode", "tracker/labels", "embedder/scale", "warmup/store"],
+)
+def test_a_damaged_state_changes_nothing(path: str) -> None:
+    """Everything is made new before the first attribute changes."""
+    *outer, key = path.split("/")
+    epochs = 3 if outer == ["warmup"] else 14
+    state = embedding_run(Net(), epochs=epochs).state_dict()
+    modes = embedding_run(Net(), epochs=9)
+    before = modes.state_dict()
+    part = state[outer[0]] if outer else state
+    del part[key]
+    with pytest.raises((KeyError, StateMismatch)):
+        modes.load_state_dict(state)
+    assert same_state(modes.state_dict(), before)
 
 
 def test_a_state_replaces_what_was_there() -> None:
