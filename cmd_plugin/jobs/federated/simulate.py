@@ -169,8 +169,9 @@ def _run_rounds(
             try:
                 federation.load_state_dict(load_state(saved))
             except InputError as error:
+                reason = str(error).rstrip(".")
                 raise InputError(
-                    f"{saved} cannot be used, {error} Start again with --overwrite."
+                    f"the run in {job.out} cannot go on ({reason}): start again with --overwrite."
                 ) from error
         table = job.table("metrics.csv", COLUMNS)
         table.replace([astuple(ended) for ended in federation.rounds])

@@ -181,7 +181,7 @@ def test_a_damaged_state_is_refused_and_can_be_replaced(tmp_path: Path) -> None:
     flipped[-5] ^= 1
     for damage in (b"", whole[:-1], bytes(flipped)):
         path.write_bytes(damage)
-        with pytest.raises(InputError, match=r"rounds\.safetensors .*start again with --overwrite"):
+        with pytest.raises(InputError, match=r"cannot go on \(.*\): start again with --overwrite\.$"):
             simulate.run(options, tmp_path, resume=True)
     for change in (
         {"traffic": {}},
@@ -192,7 +192,7 @@ def test_a_damaged_state_is_refused_and_can_be_replaced(tmp_path: Path) -> None:
         {"random": [3, [], None]},
     ):
         save_state(path, {**state, **change})
-        with pytest.raises(InputError, match=r"rounds\.safetensors .*start again with --overwrite"):
+        with pytest.raises(InputError, match=r"cannot go on \(.*\): start again with --overwrite\.$"):
             simulate.run(options, tmp_path, resume=True)
     simulate.run(options, tmp_path, overwrite=True)
     assert (tmp_path / "result.json").exists()
