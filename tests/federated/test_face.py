@@ -44,5 +44,5 @@ def test_a_missing_flower_names_the_extra(name: str) -> None:
     done = run_fresh(
         f"import sys; sys.modules['flwr'] = None\nfrom cmd_plugin.{room} import {thing}"
     )
-    assert 'MissingDependency: ' in done.stderr
+    assert "MissingDependency: " in done.stderr
     assert 'pip install "cmd-plugin[federated]"' in done.stderr

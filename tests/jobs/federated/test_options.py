@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cmd_plugin.errors import InputError
+from cmd_plugin.federated.codec import PROJECTIONS
 from cmd_plugin.federated.quantise import BITS
 from cmd_plugin.jobs.federated.options import METHODS, SimulateOptions
-from cmd_plugin.federated.codec import PROJECTIONS
 from cmd_plugin.runs.options import option_fields
 
 

@@ -173,6 +173,9 @@ def interrupt(event: Any) -> None:
     raise KeyboardInterrupt(event)
 
 
+REFUSED = r"cannot go on \(.*\): start again with --overwrite\.$"
+
+
 def test_a_damaged_state_is_refused_and_can_be_replaced(tmp_path: Path) -> None:
     options = stopped(tmp_path, 3)
     path = tmp_path / "unfinished/state/rounds.safetensors"
@@ -181,7 +184,9 @@ def test_a_damaged_state_is_refused_and_can_be_replaced(tmp_path: Path) -> None:
     flipped[-5] ^= 1
     for damage in (b"", whole[:-1], bytes(flipped)):
         path.write_bytes(damage)
-        with pytest.raises(InputError, match=r"cannot go on \(.*\): start again with --overwrite\.$"):
+        with pytest.raises(
+            InputError, match=r"cannot go on \(.*\): start again with --overwrite\.$"
+        ):
             simulate.run(options, tmp_path, resume=True)
     for change in (
         {"traffic": {}},
@@ -192,7 +197,9 @@ def test_a_damaged_state_is_refused_and_can_be_replaced(tmp_path: Path) -> None:
         {"random": [3, [], None]},
     ):
         save_state(path, {**state, **change})
-        with pytest.raises(InputError, match=r"cannot go on \(.*\): start again with --overwrite\.$"):
+        with pytest.raises(
+            InputError, match=r"cannot go on \(.*\): start again with --overwrite\.$"
+        ):
             simulate.run(options, tmp_path, resume=True)
     simulate.run(options, tmp_path, overwrite=True)
     assert (tmp_path / "result.json").exists()
@@ -210,8 +217,13 @@ def test_a_removed_folder_is_noticed(tmp_path: Path) -> None:
 def test_ray_refuses_to_go_on(tmp_path: Path) -> None:
     stopped(tmp_path, 2)
     options = SimulateOptions(**SMALL, **CMD, engine="ray")
-    with pytest.raises(InputError, match="--engine ray cannot go on with a run, .* inprocess"):
+    with pytest.raises(InputError, match=r"--engine ray cannot go on with a run, .* inprocess"):
         simulate.run(options, tmp_path, resume=True)
-    simulate.run(SimulateOptions(**SMALL, **CMD), tmp_path, resume=True)
+    (tmp_path / "unfinished/state/rounds.safetensors").unlink()  # as ray leaves none
+    rounds: list[float] = []
+    here = SimulateOptions(**SMALL, **CMD)
+    simulate.run(here, tmp_path, resume=True, progress=lambda event: rounds.append(event.done))
+    assert rounds == [0, 1, 2, 3, 4]
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 5
     given = simulate.run(options, tmp_path, resume=True)  # a finished run is given back
     assert given.options["engine"] == "inprocess"
