@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cmd_plugin._face import lazy_face
+
 if TYPE_CHECKING:
     from cmd_plugin.federated.baselines import APFStrategy as APFStrategy
     from cmd_plugin.federated.baselines import FedPAQStrategy as FedPAQStrategy
@@ -25,27 +27,6 @@ if TYPE_CHECKING:
     from cmd_plugin.federated.traffic import MeteredGrid as MeteredGrid
     from cmd_plugin.federated.training import embedded_training as embedded_training
 
-__all__ = [
-    "APFStrategy",
-    "CMDStrategy",
-    "FedPAQStrategy",
-    "FrameError",
-    "InProcessGrid",
-    "MeteredGrid",
-    "ModeCodec",
-    "TopKStrategy",
-    "cmd_mod",
-    "embedded_training",
-    "fit_round",
-    "partition_indices",
-    "project_mod",
-]
-
-_WITHOUT_FLOWER = {
-    "FrameError": "frame",
-    "ModeCodec": "codec",
-    "partition_indices": "partition",
-}
 _WITH_FLOWER = {
     "APFStrategy": "baselines",
     "CMDStrategy": "cmd_strategy",
@@ -58,16 +39,19 @@ _WITH_FLOWER = {
     "fit_round": "lightning",
     "project_mod": "client",
 }
+_MODULES = {
+    **_WITH_FLOWER,
+    "FrameError": "frame",
+    "ModeCodec": "codec",
+    "partition_indices": "partition",
+}
+
+__all__ = sorted(_MODULES)
+
+_find, __dir__ = lazy_face(__name__, _MODULES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _WITH_FLOWER:
         importlib.import_module(f"{__name__}._flower")  # says which extra is missing, if one is
-    elif name not in _WITHOUT_FLOWER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _WITH_FLOWER.get(name) or _WITHOUT_FLOWER[name]
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    return _find(name)

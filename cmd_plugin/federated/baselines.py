@@ -124,7 +124,7 @@ class APFStrategy(FrameStrategy):
         generator.bit_generator.state = state["generator"]
         vectors: dict[str, Any] = {"_mask": None}
         if state["vectors"] is not None:
-            numel = changes["_codec"].packing.numel
+            numel = changes["_codec"].plan.numel
             vectors = {
                 name: _vector(state["vectors"][name], dtype, numel)
                 for name, dtype in self._VECTORS.items()
@@ -225,8 +225,8 @@ class TopKStrategy(FrameStrategy):
         changes = super()._read_state(state)
         view = None
         if state["view"] is not None:
-            packing = changes["_codec"].packing
-            view = _vector(state["view"], packing.dtype, packing.numel)
+            codec = changes["_codec"]
+            view = _vector(state["view"], codec.packing.dtype, codec.plan.numel)
         return {**changes, "_view": view, "_result": int(state["result"]), "_frame": None}
 
     def prepare(self) -> None:

@@ -91,15 +91,23 @@ class CMDStrategy(FrameStrategy):
             )
         self.bits = check_bits(bits)
         self.pool = pool
-        follow: dict[str, Any] = {
+        self._settings |= {
+            "embedding": asdict(self.embedding),
             "modes": modes,
             "warmup": warmup,
             "samples": samples,
+            "bits": bits,
+            "pool": pool,
             "seed": seed,
         }
-        self._follow = partial(OnlineModes, **follow, embedding=self.embedding)
-        mine = {"embedding": asdict(self.embedding), "bits": bits, "pool": pool}
-        self._settings |= {**follow, **mine}
+        self._follow = partial(
+            OnlineModes,
+            modes=modes,
+            warmup=warmup,
+            samples=samples,
+            seed=seed,
+            embedding=self.embedding,
+        )
         self._follow(Layout.of_vector(1))  # a wrong setting is told now, not in the first round
         self._modes: OnlineModes | None = None
 

@@ -91,8 +91,9 @@ class InProcessGrid(Grid):
         except StateMismatch:
             raise
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            message = f"the clients' state is damaged ({error!r}): start anew."
-            raise StateMismatch(message) from error
+            raise StateMismatch(
+                f"the clients' state is damaged ({error!r}): start anew."
+            ) from error
         if [*states] != [*self.contexts]:
             raise StateMismatch(
                 f"the saved state is of {len(states)} other nodes than these {len(self.contexts)}: "

@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.federated.training import embedded_training
+from cmd_plugin.runs.process import quiet_lightning
 
 __all__ = ["fit_round"]
 
@@ -52,8 +53,6 @@ def fit_round(
     Raises:
         InputError: If the message holds not exactly one ArrayRecord.
     """
-    from cmd_plugin.runs.process import quiet_lightning
-
     records = message.content.array_records
     if len(records) != 1:
         raise InputError(f"expected one ArrayRecord in the message, got {len(records)}.")

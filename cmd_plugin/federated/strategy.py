@@ -127,7 +127,9 @@ class FrameStrategy(Strategy):
             "exclude": list(exclude),
             "statistics": statistics,
         }
-        self._packing_of = partial(Packing.of, **self._settings)
+        self._packing_of = partial(
+            Packing.of, include=include, exclude=exclude, statistics=statistics
+        )
         self._codec: ModeCodec | None = None
         self._known: dict[int, Known] = {}
         self._sent: dict[int, _Sent] = {}

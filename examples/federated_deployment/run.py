@@ -220,13 +220,14 @@ def main(arguments: list[str] | None = None) -> int:
             print((folder / "run.log").read_text(errors="replace")[-4000:], file=sys.stderr)
             return code or 1
         result = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    for ended in result["rounds"]:
+    metrics = result["metrics"]
+    for ended in metrics["rounds"]:
         print(
             f"round {ended['round']}: accuracy {ended['accuracy']:.4f}, "
             f"{ended['bytes_up'] / 1e3:.1f} kB up, {ended['bytes_down'] / 1e3:.1f} kB down, "
             f"{ended['embedded_fraction']:.1%} not sent"
         )
-    print(f"{result['bytes_of_fedavg']:.1%} of FedAvg's bytes")
+    print(f"{metrics['bytes_of_fedavg']:.1%} of FedAvg's bytes")
     return 0
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federated_toys import WEIGHTS, TappedGrid, digest, fed_avg, make_app, make_grid, run
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.federated import APFStrategy, FedPAQStrategy, TopKStrategy
 from cmd_plugin.federated._flower import find_frame
 from cmd_plugin.federated.quantise import quantised_bytes
 from cmd_plugin.federated.strategy import FrameStrategy
+from tests.helpers.federated import WEIGHTS, TappedGrid, digest, fed_avg, make_app, make_grid, run
 
 
 def flats(strategy: FrameStrategy, rounds: int, grid: Any = None) -> list[np.ndarray]:

@@ -6,15 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federated_toys import (
-    WEIGHTS,
-    TappedGrid,
-    digest,
-    fed_avg,
-    make_app,
-    make_grid,
-    run,
-)
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import (
@@ -33,6 +24,15 @@ from cmd_plugin.federated import CMDStrategy, cmd_mod, project_mod
 from cmd_plugin.federated._flower import dense_record
 from cmd_plugin.federated.client import load_codec
 from cmd_plugin.modes import Embedding
+from tests.helpers.federated import (
+    WEIGHTS,
+    TappedGrid,
+    digest,
+    fed_avg,
+    make_app,
+    make_grid,
+    run,
+)
 
 ROUNDS = 9
 SAMPLING: dict[str, Any] = {"fraction_evaluate": 0.0, "min_evaluate_nodes": 0}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from federated_toys import client_data, fed_avg, make_grid, network, run
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch.nn.functional import cross_entropy
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cmd_plugin.errors import InputError
 from cmd_plugin.federated import CMDStrategy, cmd_mod, fit_round
 from cmd_plugin.modes import Embedding
+from tests.helpers.federated import client_data, fed_avg, make_grid, network, run
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.federated import FederatedConfig, partition_indices
+from cmd_plugin.federated import partition_indices
 from cmd_plugin.federated.partition import parse_partition
 
 LABELS = np.repeat(np.arange(5), 40)
@@ -58,34 +58,3 @@ def test_too_few_images() -> None:
         partition_indices(LABELS, 0, "iid", 0)
     with pytest.raises(InputError, match="use a larger ALPHA, fewer clients or more images"):
         partition_indices(LABELS[:21], 10, "dirichlet:0.01", 0)
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"method": "sgd"}, "--method must be one of fedavg, cmd"),
-        ({"engine": "dask"}, "--engine must be one of inprocess, ray"),
-        ({"project": "round"}, "--project must be one of epoch, step, tie"),
-        ({"fraction": 0.0}, "--fraction must be above 0 and at most 1, got 0.0"),
-        ({"clients": 0}, "--clients must be at least 1, got 0"),
-        ({"bits": 5}, "--bits must be 4 or 8, got 5"),
-        ({"lr": float("nan")}, "--lr must be above 0"),
-        ({"embed_percent": 0.0}, "--embed-percent must be above 0"),
-        ({"rounds": 5, "warmup": 5}, r"--rounds must be above --warmup \(5\), got 5"),
-        ({"topk": 1.0}, "--topk must be above 0 and below 1"),
-        ({"test_limit": 0}, "--test-limit must be at least 1"),
-    ],
-)
-def test_bad_options_are_named(options: dict[str, object], sentence: str) -> None:
-    with pytest.raises(InputError, match=sentence):
-        FederatedConfig(**options)  # type: ignore[arg-type]
-
-
-def test_options_from_a_flower_run_configuration() -> None:
-    config = FederatedConfig.from_run_config(
-        {"embed-every": 3, "bits": 0, "data-root": "", "lr": 0.1, "something-else": True}
-    )
-    assert config == FederatedConfig(embed_every=3, lr=0.1)
-    assert FederatedConfig.from_run_config({"bits": 8}).bits == 8
-    assert FederatedConfig(clients=10, fraction=0.25).clients_per_round == 2
-    assert FederatedConfig(clients=3, fraction=0.01).clients_per_round == 1

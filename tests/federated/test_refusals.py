@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federated_toys import TappedGrid, digest, fed_avg, make_app, make_grid, run
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 
 from cmd_plugin.federated import CMDStrategy, cmd_mod
 from cmd_plugin.federated._flower import find_frame, framed, with_record
 from cmd_plugin.federated.frame import Frame
 from cmd_plugin.modes import Embedding
+from tests.helpers.federated import TappedGrid, digest, fed_avg, make_app, make_grid, run
 
 BAD_ROUND, BAD_CLIENT = 6, 1
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federated_toys import digest, fed_avg, make_app, make_grid, network, run
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
@@ -33,6 +32,7 @@ from cmd_plugin.federated._memory import restore_strategy, save_strategy
 from cmd_plugin.federated.rounds import run_round
 from cmd_plugin.federated.strategy import FrameStrategy
 from cmd_plugin.modes import Embedding
+from tests.helpers.federated import digest, fed_avg, make_app, make_grid, network, run
 
 ROUNDS = 6  # of CMD's, number 3 fits and 4, 5 and 6 embed
 SAMPLING: dict[str, Any] = {"fraction_evaluate": 0.0, "min_evaluate_nodes": 0}

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federated_toys import (
+
+from cmd_plugin.errors import InputError, PluginError
+from cmd_plugin.federated import CMDStrategy
+from cmd_plugin.federated._flower import find_frame
+from cmd_plugin.federated.client import load_codec
+from cmd_plugin.modes import Embedding, OnlineModes
+from tests.helpers.federated import (
     WEIGHTS,
     TappedGrid,
     digest,
@@ -18,12 +24,6 @@ from federated_toys import (
     run,
     train_round,
 )
-
-from cmd_plugin.errors import InputError, PluginError
-from cmd_plugin.federated import CMDStrategy
-from cmd_plugin.federated._flower import find_frame
-from cmd_plugin.federated.client import load_codec
-from cmd_plugin.modes import Embedding, OnlineModes
 
 OPTIONS: dict[str, Any] = {"modes": 3, "warmup": 2, "samples": 60, "seed": 0}
 EVENTS = Embedding(every=2, percent=30.0)  # the fit after round 3, events after rounds 5, 7, 9

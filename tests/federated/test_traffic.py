@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federated_toys import TappedGrid, fed_avg, make_app, make_grid, network, run
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from cmd_plugin.federated import CMDStrategy
 from cmd_plugin.federated._flower import payload_bytes, serialised_bytes
 from cmd_plugin.modes import Embedding
+from tests.helpers.federated import TappedGrid, fed_avg, make_app, make_grid, network, run
 
 
 def flower_objects(message: Message) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federated_toys import client_data, fed_avg, make_app, make_grid, network, run
 from flwr.app import Context, RecordDict
 from torch.nn.functional import cross_entropy
 from torch.optim import optimizer as torch_optimizer
@@ -16,6 +15,7 @@ from cmd_plugin.errors import StateMismatch
 from cmd_plugin.federated import CMDStrategy, embedded_training
 from cmd_plugin.federated.client import load_codec
 from cmd_plugin.modes import Embedding
+from tests.helpers.federated import client_data, fed_avg, make_app, make_grid, network, run
 
 
 def trained_client(project: Any, pool: bool = False) -> tuple[Context, CMDStrategy]:

@@ -10,27 +10,26 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cmd_plugin._face import lazy_face
+
 if TYPE_CHECKING:
     from cmd_plugin.jobs.federated.apps import make_client_app as make_client_app
     from cmd_plugin.jobs.federated.options import SimulateOptions as SimulateOptions
     from cmd_plugin.jobs.federated.simulate import make_server_app as make_server_app
 
-__all__ = ["SimulateOptions", "make_client_app", "make_server_app"]
-
-_HOMES = {
+_MODULES = {
     "SimulateOptions": "options",
     "make_client_app": "apps",
     "make_server_app": "simulate",
 }
 
+__all__ = sorted(_MODULES)
+
+_find, __dir__ = lazy_face(__name__, _MODULES)
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name != "SimulateOptions":
-        importlib.import_module("cmd_plugin.federated._flower")  # names the extra if one is missing
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    if name in ("make_client_app", "make_server_app"):
+        # Says which extra is missing, if one is.
+        importlib.import_module("cmd_plugin.federated._flower")
+    return _find(name)

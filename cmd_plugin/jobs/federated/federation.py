@@ -208,6 +208,8 @@ class Federation:
             arrays = read_named_arrays(state["arrays"])
             traffic = Traffic.from_state(state["traffic"])
             version, words, gauss = state["random"]
+            drawn = version, tuple(words), gauss
+            random.Random().setstate(drawn)  # noqa: S311 refuses what is no state of it
             clients, strategy = state["clients"], state["strategy"]
         except StateMismatch:
             raise
@@ -220,4 +222,4 @@ class Federation:
         restore_strategy(self.strategy, strategy)
         self._clients.load_state_dict(clients)
         self.rounds, self.arrays, self.grid.traffic = rounds, arrays, traffic
-        random.setstate((version, tuple(words), gauss))
+        random.setstate(drawn)

@@ -1,4 +1,4 @@
-"""The options of ``cmd-plugin federated simulate``, and of the same apps in a deployment."""
+"""The options of ``cmd-plugin federated simulate``, and of the same two apps when deployed."""
 
 from __future__ import annotations
 

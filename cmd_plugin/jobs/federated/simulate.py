@@ -12,6 +12,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import cmd_plugin.federated._flower  # noqa: F401 names the extra where Flower is missing
+
+# isort: split
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
@@ -33,7 +36,6 @@ from cmd_plugin.runs.figures import save_figure
 from cmd_plugin.runs.job import Job
 from cmd_plugin.runs.progress import ReportProgress
 from cmd_plugin.runs.result import Result
-from cmd_plugin.runs.table import Table
 
 __all__ = ["Trained", "make_server_app", "run", "train"]
 
@@ -167,10 +169,11 @@ def _run_rounds(
             try:
                 federation.load_state_dict(load_state(saved))
             except InputError as error:
+                reason = str(error).rstrip(".")
                 raise InputError(
-                    f"{saved} cannot be used, {error} Start again with --overwrite."
+                    f"the run in {job.out} cannot go on ({reason}): start again with --overwrite."
                 ) from error
-        table = Table(job.folder.path("metrics.csv"), COLUMNS)
+        table = job.table("metrics.csv", COLUMNS)
         table.replace([astuple(ended) for ended in federation.rounds])
         while len(federation.rounds) <= options.rounds:
             ended = federation.advance()
@@ -190,7 +193,7 @@ def _finish(job: Job, options: SimulateOptions, federation: Federation) -> Train
     metrics, data = federation.metrics(), _describe(options)
     if job.out is not None:
         figure = draw_report(options, metrics, data)
-        save_figure(figure, job.folder.path("report.png"))
+        save_figure(figure, job.folder.path("report.png"), options.as_dict())
     return Trained(job.finish(metrics=metrics, data=data), federation.model())
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from cmd_plugin.errors import InputError
+from cmd_plugin.federated.codec import PROJECTIONS
 from cmd_plugin.federated.quantise import BITS
 from cmd_plugin.jobs.federated.options import METHODS, SimulateOptions
-from cmd_plugin.modes.settings import Projection
 from cmd_plugin.runs.options import option_fields
 
 
@@ -19,8 +19,8 @@ from cmd_plugin.runs.options import option_fields
     ("options", "sentence"),
     [
         ({"method": "sgd"}, "--method must be one of fedavg, cmd, apf, a-apf, topk, fedpaq"),
-        ({"engine": "grpc"}, "--engine must be one of inprocess, ray, got grpc"),
-        ({"project": "never"}, "--project must be one of epoch, step, tie"),
+        ({"engine": "dask"}, "--engine must be one of inprocess, ray, got dask"),
+        ({"project": "round"}, "--project must be one of epoch, step, tie"),
         ({"clients": 0}, "--clients must be at least 1, got 0"),
         ({"fraction": 0.0}, "--fraction must be above 0 and at most 1, got 0.0"),
         ({"lr": 0.0}, "--lr must be above 0, got 0.0"),
@@ -29,6 +29,12 @@ from cmd_plugin.runs.options import option_fields
         ({"warmup": 1}, "--warmup must be at least 2, got 1"),
         ({"embed_percent": 101.0}, "--embed-percent must be above 0 and at most 100"),
         ({"bits": 16}, "--bits must be 4 or 8, got 16"),
+        ({"bits": 5}, "--bits must be 4 or 8, got 5"),
+        ({"lr": float("nan")}, "--lr must be above 0"),
+        ({"embed_percent": 0.0}, "--embed-percent must be above 0"),
+        ({"rounds": 5, "warmup": 5}, r"--rounds must be above --warmup \(5\), got 5"),
+        ({"topk": 1.0}, "--topk must be above 0 and below 1"),
+        ({"test_limit": 0}, "--test-limit must be at least 1"),
         ({"partition": "dirichlet:0"}, "--partition must be iid or dirichlet:ALPHA"),
         ({"rounds": 8}, r"--rounds must be above --warmup \(8\), got 8"),
     ],
@@ -78,7 +84,7 @@ def test_what_may_differ_when_a_run_is_resumed() -> None:
 
 def test_choices_are_those_of_the_room() -> None:
     fields = {field.name: about for field, _, about in option_fields(SimulateOptions)}
-    assert fields["project"].choices == get_args(Projection)
+    assert fields["project"].choices == PROJECTIONS
     assert fields["method"].choices == METHODS
     for bits in BITS:
         assert SimulateOptions(bits=bits).bits == bits
@@ -100,6 +106,16 @@ def test_an_apps_configuration() -> None:
     assert SimulateOptions.from_run_config(config) == expected
     with pytest.raises(InputError, match="--rounds must be at least 1"):
         SimulateOptions.from_run_config({"rounds": 0})
+
+
+def test_options_from_a_flower_run_configuration() -> None:
+    options = SimulateOptions.from_run_config(
+        {"embed-every": 3, "bits": 0, "data-root": "", "lr": 0.1, "something-else": True}
+    )
+    assert options == SimulateOptions(embed_every=3, lr=0.1)
+    assert SimulateOptions.from_run_config({"bits": 8}).bits == 8
+    assert SimulateOptions(clients=10, fraction=0.25).clients_per_round == 2
+    assert SimulateOptions(clients=3, fraction=0.01).clients_per_round == 1
 
 
 def test_options_are_known_without_torch_or_flower() -> None:

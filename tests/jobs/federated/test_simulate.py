@@ -16,16 +16,20 @@ from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.federated import FederatedConfig, InProcessGrid, MeteredGrid, simulate
-from cmd_plugin.federated.apps import initial_arrays, make_client_app
+from cmd_plugin.federated import InProcessGrid, MeteredGrid
+from cmd_plugin.jobs.federated import SimulateOptions, make_client_app
+from cmd_plugin.jobs.federated.apps import initial_arrays
+from cmd_plugin.jobs.federated.report import draw_report
+from cmd_plugin.jobs.federated.simulate import run, train
 from cmd_plugin.networks import build_model, evaluate
+from cmd_plugin.runs.figures import read_about
+from cmd_plugin.runs.progress import Progress
+from cmd_plugin.runs.result import Result
 
+SMALL: dict[str, Any] = {"clients": 3, "rounds": 5, "train_limit": 90, "test_limit": 60}
 QUICK: dict[str, Any] = {
-    "clients": 3,
-    "rounds": 5,
+    **SMALL,
     "warmup": 2,
-    "train_limit": 90,
-    "test_limit": 60,
     "modes": 3,
     "samples": 100,
     "embed_every": 1,
@@ -37,17 +41,17 @@ def bits_of(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in state.items()}
 
 
-def plain_flower(config: FederatedConfig) -> tuple[ArrayRecord, MeteredGrid]:
+def plain_flower(options: SimulateOptions) -> tuple[ArrayRecord, MeteredGrid]:
     """The same run written with nothing but Flower."""
-    nodes = [{"partition-id": n, "num-partitions": config.clients} for n in range(config.clients)]
-    grid = MeteredGrid(InProcessGrid(make_client_app(config), nodes))
+    nodes = [{"partition-id": n, "num-partitions": options.clients} for n in range(options.clients)]
+    grid = MeteredGrid(InProcessGrid(make_client_app(options), nodes))
     strategy = FedAvg(
-        fraction_train=config.fraction, fraction_evaluate=0.0, min_available_nodes=config.clients
+        fraction_train=options.fraction, fraction_evaluate=0.0, min_available_nodes=options.clients
     )
     state = random.getstate()
-    random.seed(config.seed)
+    random.seed(options.seed)
     result = strategy.start(
-        grid=grid, initial_arrays=initial_arrays(config), num_rounds=config.rounds
+        grid=grid, initial_arrays=initial_arrays(options), num_rounds=options.rounds
     )
     random.setstate(state)
     assert result.arrays is not None
@@ -55,11 +59,11 @@ def plain_flower(config: FederatedConfig) -> tuple[ArrayRecord, MeteredGrid]:
 
 
 def test_fedavg_is_flowers_fedavg_bit_for_bit() -> None:
-    config = FederatedConfig(**QUICK, method="fedavg", seed=3)
-    expected, grid = plain_flower(config)
-    found = simulate(config)
+    options = SimulateOptions(**SMALL, method="fedavg", seed=3)
+    expected, grid = plain_flower(options)
+    found = train(options)
     assert bits_of(found.state_dict) == {n: a.numpy().tobytes() for n, a in expected.items()}
-    summary = found.summary
+    summary = found.result.metrics
     assert summary["bytes_up"] == grid.traffic.bytes_up
     assert summary["bytes_down"] == grid.traffic.bytes_down
     assert summary["fedavg_bytes"] == summary["bytes_up"] + summary["bytes_down"]
@@ -68,8 +72,8 @@ def test_fedavg_is_flowers_fedavg_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("method", ["cmd", "apf", "a-apf", "topk", "fedpaq"])
 def test_every_method_runs_and_counts(method: str) -> None:
-    config = FederatedConfig(**QUICK, method=method)
-    summary = simulate(config).summary
+    chosen = QUICK if method == "cmd" else SMALL
+    summary = run(SimulateOptions(**chosen, method=method), None).metrics
     assert summary["refusals"] == []
     rounds = summary["rounds"]
     assert [r["round"] for r in rounds] == list(range(6))
@@ -82,75 +86,113 @@ def test_every_method_runs_and_counts(method: str) -> None:
 
 def test_fedavg_bytes_are_those_of_a_fedavg_run() -> None:
     """Up to what pinned counters save: Flower makes BatchNorm's float64, two letters longer."""
-    framed = simulate(FederatedConfig(**QUICK)).summary
-    plain = simulate(FederatedConfig(**QUICK, method="fedavg")).summary
+    framed = run(SimulateOptions(**QUICK), None).metrics
+    plain = run(SimulateOptions(**SMALL, method="fedavg"), None).metrics
     letters = len("float64") - len("int64")
     messages = 3 * (5 - 1)  # on the way down, from the second round on; equal counters are one
     assert plain["fedavg_bytes"] - framed["fedavg_bytes"] == letters * messages
 
 
 def test_files(tmp_path: Path) -> None:
-    seen: list[int] = []
-    config = FederatedConfig(**QUICK, bits=8)
-    result = simulate(config, tmp_path / "out", progress=lambda r: seen.append(r.round))
+    seen: list[Progress] = []
+    options = SimulateOptions(**QUICK, bits=8)
+    found = train(options, tmp_path / "out", progress=seen.append)
     out = tmp_path / "out"
-    assert seen == list(range(6))
+    assert [event.done for event in seen] == list(range(6))
+    assert {event.total for event in seen} == {5}
+    assert seen[3].stage == "round 3"
     summary = json.loads((out / "result.json").read_text())
-    assert summary == result.summary
+    assert summary == found.result.as_dict()
+    assert Result.load(out / "result.json") == found.result
+    metrics = summary["metrics"]
+    sent = metrics["bytes_up"] + metrics["bytes_down"]
+    assert seen[5].note == f"accuracy {metrics['accuracy']:.3f}  {sent / 1e6:.1f} MB"
     with (out / "metrics.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert [float(row["accuracy"]) for row in rows] == [r["accuracy"] for r in summary["rounds"]]
-    assert [int(row["bytes_up"]) for row in rows] == [r["bytes_up"] for r in summary["rounds"]]
+    assert [float(row["accuracy"]) for row in rows] == [r["accuracy"] for r in metrics["rounds"]]
+    assert [int(row["bytes_up"]) for row in rows] == [r["bytes_up"] for r in metrics["rounds"]]
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert read_about(out / "report.png") == options.as_dict()
     state = load_file(out / "model.safetensors")
-    assert bits_of(state) == bits_of(result.state_dict)
+    assert bits_of(state) == bits_of(found.state_dict)
     with torch.random.fork_rng():
         model = build_model("cnn", 1, 10, (8, 8))
     model.load_state_dict(state)
     images = torch.randn(4, 1, 8, 8)
     score = evaluate(model, [(images, torch.zeros(4, dtype=torch.int64))])
     assert np.isfinite(score.loss)
-    again = simulate(config)
-    assert bits_of(again.state_dict) == bits_of(result.state_dict)
-    # A second run into the same folder replaces the first.
-    simulate(FederatedConfig(**{**QUICK, "rounds": 3}, method="fedavg"), out)
+    again = train(options)
+    assert again.result.out is None
+    assert bits_of(again.state_dict) == bits_of(found.state_dict)
+    # A finished run is given back with its model, and a second one replaces it.
+    kept = train(options, out, resume=True)
+    assert bits_of(kept.state_dict) == bits_of(found.state_dict)
+    assert kept.result == found.result
+    run(SimulateOptions(**{**SMALL, "rounds": 3}, method="fedavg"), out, overwrite=True)
     assert len((out / "metrics.csv").read_text().splitlines()) == 5
 
 
-def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
-    def stop(ended: Any) -> None:
-        if ended.round == 2:
+def test_an_interrupted_run_keeps_its_rows_and_its_model(tmp_path: Path) -> None:
+    def stop(event: Progress) -> None:
+        if event.done == 2:
             raise KeyboardInterrupt
 
     state = random.getstate()
     with pytest.raises(KeyboardInterrupt):
-        simulate(FederatedConfig(**QUICK), tmp_path, progress=stop)
-    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 3
+        run(SimulateOptions(**QUICK), tmp_path, progress=stop)
+    assert len((tmp_path / "unfinished/metrics.csv").read_text().splitlines()) == 1 + 3
     assert not (tmp_path / "result.json").exists()
     assert random.getstate() == state
+    expected = train(SimulateOptions(**{**SMALL, "rounds": 2}, method="fedavg")).state_dict
+    kept = load_file(tmp_path / "unfinished/model.safetensors")
+    # Nothing is embedded yet, so it is FedAvg's, which makes counters float64.
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}
+    assert counters
+    for name in set(kept) - counters:
+        assert torch.equal(kept[name], expected[name]), name
+
+
+def test_the_picture_shows_the_data() -> None:
+    options = SimulateOptions(**QUICK)
+    result = run(options, None)
+    figure = draw_report(options, result.metrics, result.data)
+    left, right, share = figure.axes
+    rounds = result.metrics["rounds"]
+    sent = np.cumsum([r["bytes_up"] + r["bytes_down"] for r in rounds]) / 1e6
+    plain, mine = left.get_lines()
+    assert np.allclose(mine.get_xdata(), sent)
+    assert np.allclose(mine.get_ydata(), [100 * r["accuracy"] for r in rounds])
+    assert plain.get_xdata()[-1] == pytest.approx(result.metrics["fedavg_bytes"] / 1e6)
+    (not_sent,) = share.get_lines()
+    assert np.allclose(not_sent.get_ydata(), [100 * r["embedded_fraction"] for r in rounds])
+    figure.draw_without_rendering()
+    for axes in (left, right):  # no curve can cross a legend
+        legend = axes.get_legend()
+        assert legend.get_window_extent().y1 < axes.get_window_extent().y0
+    assert "weights not sent, %" in [t.get_text() for t in right.get_legend().get_texts()]
 
 
 def test_global_random_states_are_left_alone() -> None:
     before = random.getstate(), torch.get_rng_state()
-    simulate(FederatedConfig(**{**QUICK, "rounds": 3}))
+    run(SimulateOptions(**{**QUICK, "rounds": 3}), None)
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
 def test_partial_participation_and_dirichlet() -> None:
     options = {**QUICK, "clients": 4, "fraction": 0.5, "partition": "dirichlet:1"}
-    summary = simulate(FederatedConfig(**options)).summary
-    assert summary["refusals"] == []
-    sizes = summary["data"]["images_per_client"]
+    result = run(SimulateOptions(**options), None)
+    assert result.metrics["refusals"] == []
+    sizes = result.data["images_per_client"]
     assert sum(sizes) == 90
     assert max(sizes) > min(sizes)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "cmd"])
 def test_diverged_training_is_one_sentence(method: str) -> None:
-    config = FederatedConfig(**QUICK, method=method, lr=1e30)
+    chosen = QUICK if method == "cmd" else SMALL
     with pytest.raises(InputError, match="lower --lr"):
-        simulate(config)
+        run(SimulateOptions(**chosen, method=method, lr=1e30), None)
 
 
 @pytest.mark.parametrize(
@@ -166,17 +208,16 @@ def test_bad_input_is_told_before_anything_is_written(
     tmp_path: Path, options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(InputError, match=sentence):
-        simulate(FederatedConfig(**{**QUICK, **options}), tmp_path / "out")
+        run(SimulateOptions(**{**QUICK, **options}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_flowers_engine_gives_the_same_bits() -> None:
-    """Oracle 2: ray, with actors of its own, in parallel."""
+def test_flowers_engine_gives_the_same_bits(tmp_path: Path) -> None:
+    """On ray, with actors of its own, in parallel."""
     pytest.importorskip("ray")
-    here = simulate(FederatedConfig(**QUICK))
-    there = simulate(FederatedConfig(**QUICK, engine="ray"))
+    here = train(SimulateOptions(**QUICK))
+    there = train(SimulateOptions(**QUICK, engine="ray"), tmp_path)
     assert bits_of(here.state_dict) == bits_of(there.state_dict)
-    assert [r["accuracy"] for r in here.summary["rounds"]] == [
-        r["accuracy"] for r in there.summary["rounds"]
-    ]
+    assert here.result.metrics == there.result.metrics
+    assert load_file(tmp_path / "model.safetensors").keys() == here.state_dict.keys()

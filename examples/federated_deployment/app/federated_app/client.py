@@ -1,5 +1,5 @@
 """What runs on every SuperNode: trains on its part of the data."""
 
-from cmd_plugin.federated import make_client_app
+from cmd_plugin.jobs.federated import make_client_app
 
 app = make_client_app()
