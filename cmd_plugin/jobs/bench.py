@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.runs.job import Job
+from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.options import JobOptions, option
 from cmd_plugin.runs.process import own_threads
-from cmd_plugin.runs.progress import ReportProgress
 from cmd_plugin.runs.result import Result, finite
 
 __all__ = ["BenchOptions", "run"]
@@ -41,22 +39,9 @@ class BenchOptions(JobOptions):
     compiled: bool = option(True, "Time torch.compile too.", flag="compile", off="no-compile")
 
 
-def run(
-    options: BenchOptions,
-    out: str | Path | None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: ReportProgress | None = None,
-) -> Result:
+@make_job("bench kernels")
+def run(job: Job, options: BenchOptions) -> Result:
     """Measure the kernels one after the other.
-
-    Args:
-        options: The options.
-        out: Folder for ``kernels.csv`` and ``result.json``; None keeps nothing.
-        resume: Go on with the next kernel of the unfinished run in `out`.
-        overwrite: Replace what lies in `out`.
-        progress: Called before each kernel.
 
     Returns:
         Metrics: one row a kernel in ``kernels``, see
@@ -69,14 +54,7 @@ def run(
     from cmd_plugin.kernels.bench import choose_kernels, find_device, measure_kernels
 
     names, device = choose_kernels(options.kernel), find_device(options.device)
-    with (
-        own_threads(options.threads),
-        Job(
-            "bench kernels", options, out, resume=resume, overwrite=overwrite, progress=progress
-        ) as job,
-    ):
-        if job.result is not None:
-            return job.result
+    with own_threads(options.threads):
         _require_same_machine(job)
 
         def measure(name: str) -> Mapping[str, Any]:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.runs.figures import figure_style, new_figure, save_figure
-from cmd_plugin.runs.job import Job
+from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.options import JobOptions, argument, option
-from cmd_plugin.runs.progress import ReportProgress
 from cmd_plugin.runs.result import Result, finite
 
 if TYPE_CHECKING:
@@ -93,24 +92,9 @@ class DecomposeOptions(JobOptions):
             raise InputError("INPUTS must name at least one checkpoint or folder.")
 
 
-def run(
-    options: DecomposeOptions,
-    out: str | Path | None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: ReportProgress | None = None,
-) -> Result:
+@make_job("decompose")
+def run(job: Job, options: DecomposeOptions) -> Result:
     """Decompose a training history, and measure on its files what the modes lose.
-
-    Args:
-        options: The options.
-        out: Folder for ``modes.safetensors``, ``decomposition.png``, the exported
-            ``epoch=NNN.safetensors`` (``step=NNN``) and ``result.json``; None keeps nothing.
-        resume: Continue the unfinished run in `out`: a decomposition that is there is not made
-            again, and is compared with the files it was made from.
-        overwrite: Replace what lies in `out`.
-        progress: Called after each file.
 
     Returns:
         Metrics: ``explained_variance`` (None if nothing moves), ``modes``, ``snapshots``,
@@ -127,33 +111,28 @@ def run(
     from cmd_plugin.networks.checkpoints import find_checkpoints
 
     files = find_checkpoints(options.inputs)
-    with Job(
-        "decompose", options, out, resume=resume, overwrite=overwrite, progress=progress
-    ) as job:
-        if job.result is not None:
-            return job.result
-        data = job.stage("modes", lambda: _find_modes(job, options, files))
-        for problem in data["left_out"]:
-            warnings.warn(f"left out: {problem}", stacklevel=2)
-        decomposition = Decomposition.load(job.folder.path(_MODES))
-        _export(job, decomposition, data["unit"], options.export)
-        codec = job.stage("codec", lambda: _measure(job, decomposition, data["checkpoints"]))
-        figure = _draw(decomposition, data["unit"])
-        save_figure(figure, job.folder.path("decomposition.png"), options.as_dict())
-        layers = [asdict(layer) for layer in describe_layers(decomposition)]
-        metrics = {
-            "explained_variance": finite(decomposition.explained_variance()),
-            "modes": decomposition.number_of_modes,
-            "snapshots": decomposition.snapshots,
-            "parameters": decomposition.numel,
-            **codec,
-            "epochs": list(decomposition.epochs),
-            "layers": [
-                {**layer, "explained_variance": finite(layer["explained_variance"])}
-                for layer in layers  # NaN: the tensor does not move
-            ],
-        }
-        return job.finish(metrics=metrics, data=data)
+    data = job.stage("modes", lambda: _find_modes(job, options, files))
+    for problem in data["left_out"]:
+        warnings.warn(f"left out: {problem}", stacklevel=2)
+    decomposition = Decomposition.load(job.folder.path(_MODES))
+    _export(job, decomposition, data["unit"], options.export)
+    codec = job.stage("codec", lambda: _measure(job, decomposition, data["checkpoints"]))
+    figure = _draw(decomposition, data["unit"])
+    save_figure(figure, job.folder.path("decomposition.png"), options.as_dict())
+    layers = [asdict(layer) for layer in describe_layers(decomposition)]
+    metrics = {
+        "explained_variance": finite(decomposition.explained_variance()),
+        "modes": decomposition.number_of_modes,
+        "snapshots": decomposition.snapshots,
+        "parameters": decomposition.numel,
+        **codec,
+        "epochs": list(decomposition.epochs),
+        "layers": [
+            {**layer, "explained_variance": finite(layer["explained_variance"])}
+            for layer in layers  # NaN: the tensor does not move
+        ],
+    }
+    return job.finish(metrics=metrics, data=data)
 
 
 def _find_modes(job: Job, options: DecomposeOptions, files: Sequence[Path]) -> dict[str, Any]:

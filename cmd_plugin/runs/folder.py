@@ -33,6 +33,7 @@ __all__ = ["RunFolder"]
 _WORK = "unfinished"
 _RUN = "run.json"
 _STATE = "state"
+_LOCK = ".lock"
 _ADVICE = "start again with --overwrite, or choose another --out"
 
 
@@ -54,6 +55,7 @@ class RunFolder:
         self.resumed = False
         self._lock: filelock.BaseFileLock | None = None
         self._identity: tuple[int, int] | None = None
+        self._new = False  # whether the folder was made for this run
 
     # -- opening ----------------------------------------------------------------------------------
 
@@ -130,9 +132,10 @@ class RunFolder:
         return None
 
     def _acquire(self) -> None:
+        self._new = not self.out.exists()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.out / ".lock")
+            lock = filelock.FileLock(self.out / _LOCK)
             lock.acquire(blocking=False)
         except filelock.Timeout:
             raise InputError(
@@ -191,17 +194,20 @@ class RunFolder:
 
     def _inside(self, path: Path) -> Path:
         """Return a path below :attr:`work`, its folder made, if that is still the one of now."""
-        try:
-            found = self.work.stat()
-        except OSError:
-            found = None
-        if found is None or (found.st_dev, found.st_ino) != self._identity:
+        if not self._is_ours():
             raise InputError(
                 f"{self.out} was removed or replaced while the run went on: start it again."
             )
         with unwritable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def _is_ours(self) -> bool:
+        try:
+            found = self.work.stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._identity
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -268,6 +274,18 @@ class RunFolder:
     def _clear_discarded(self) -> None:
         for folder in self.out.glob(".discarded-*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def forget_if_empty(self) -> None:
+        """Take away a run that this process began and in which nothing was finished."""
+        if not self._is_ours() or self.resumed or self._made():
+            return
+        if any(path.is_file() for path in (self.work / _STATE).rglob("*")):
+            return
+        with unwritable(self.out):
+            self._discard_work()
+            if self._new and not any(p for p in self.out.iterdir() if p.name != _LOCK):
+                self.close()
+                shutil.rmtree(self.out, ignore_errors=True)
 
     def close(self) -> None:
         """Let other processes have the folder; what the run has made so far stays."""

@@ -9,9 +9,10 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.runs.files import read_json, write_json
@@ -21,25 +22,16 @@ from cmd_plugin.runs.progress import Progress, ReportProgress
 from cmd_plugin.runs.result import Result
 from cmd_plugin.runs.table import Table
 
-__all__ = ["Job"]
+__all__ = ["Job", "RunJob", "make_job"]
 
 _ADVICE = "start again with --overwrite"
 
 
 class Job:
-    """What a job's ``run`` function works with, as a context manager.
+    """What the work of a job is done with, as a context manager; :func:`make_job` makes one.
 
-    ::
-
-        def run(options, out, *, resume=False, overwrite=False, progress=None) -> Result:
-            data = load(options)  # fails before anything is written
-            with Job("noun verb", options, out, resume=resume, overwrite=overwrite,
-                     progress=progress) as job:
-                if job.result is not None:  # finished by an earlier process
-                    return job.result
-                for seed in options.seeds:
-                    found = job.stage(f"seed{seed}", lambda: train(job, seed))
-                return job.finish(metrics=..., data=...)
+    A run that ends in an :class:`InputError` before anything was finished leaves nothing behind, so
+    that the corrected command can be given at once.
 
     Args:
         name: The job's name, as on the command line.
@@ -92,6 +84,8 @@ class Job:
         trace: TracebackType | None,
     ) -> None:
         """Let the folder go; what is unfinished stays there."""
+        if isinstance(error, InputError):
+            self.folder.forget_if_empty()
         self.folder.close()
         self._stack.close()
 
@@ -164,6 +158,74 @@ class Job:
             result = replace(result, out=None)
         self.result = result
         return result
+
+
+Options = TypeVar("Options", bound=JobOptions, contravariant=True)
+
+
+class RunJob(Protocol[Options]):
+    """The public function of a job."""
+
+    def __call__(
+        self,
+        options: Options,
+        out: str | Path | None = None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        progress: ReportProgress | None = None,
+    ) -> Result:
+        """Run the job.
+
+        Args:
+            options: What to do.
+            out: Folder for everything it makes, see :class:`RunFolder`; None keeps nothing.
+            resume: Go on with the unfinished run in ``out``; of a finished one return the result.
+            overwrite: Replace what lies in ``out``, a finished run when the new one is complete.
+            progress: Called with every :class:`Progress`.
+
+        Raises:
+            InputError: If an option, an input or the folder cannot be used. What was finished stays
+                in ``out``.
+            KeyboardInterrupt: If the user stops it; it can be resumed.
+        """
+
+
+def make_job(name: str) -> Callable[[Callable[[Job, Options], Result]], RunJob[Options]]:
+    """Make the public function of a job, see :class:`RunJob`, from the one that does its work.
+
+    ::
+
+        @make_job("noun verb")
+        def run(job: Job, options: Options) -> Result:
+            data = load(options)
+            for seed in options.seeds:
+                found = job.stage(f"seed{seed}", lambda: train(job, seed))
+            return job.finish(metrics=..., data=...)
+
+    Args:
+        name: The job's name, as on the command line.
+    """
+
+    def make(work: Callable[[Job, Options], Result]) -> RunJob[Options]:
+        # Without the annotations, which are those of the work.
+        @wraps(work, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+        def run(
+            options: Options,
+            out: str | Path | None = None,
+            *,
+            resume: bool = False,
+            overwrite: bool = False,
+            progress: ReportProgress | None = None,
+        ) -> Result:
+            flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
+            with Job(name, options, out, **flags, progress=progress) as opened:
+                return work(opened, options) if opened.result is None else opened.result
+
+        del run.__wrapped__  # inspect shall show the arguments that callers give
+        return run
+
+    return make
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

@@ -128,12 +128,15 @@ class JobOptions:
             if getattr(self, field.name) == field.default:
                 continue
             for other, values in about.only.items():
-                if getattr(self, other) not in values:
-                    raise InputError(
-                        f"{_name(field, about)} has an effect only with {flag(other)} "
-                        f"{' or '.join(map(str, values))}, and it is {getattr(self, other)}: "
-                        "change that or leave it out."
-                    )
+                if getattr(self, other) in values:
+                    continue
+                wanted = f" {' or '.join(map(str, values))}, and it is {getattr(self, other)}"
+                if values == (True,):  # a switch has no value
+                    wanted = ""
+                raise InputError(
+                    f"{_name(field, about)} has an effect only with {flag(other)}{wanted}: change "
+                    "that or leave it out."
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """Return all options as JSON types."""

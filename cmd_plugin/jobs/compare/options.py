@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.runs.options import JobOptions, option
+from cmd_plugin.jobs.image_options import DATA_PANEL, ImageOptions
+from cmd_plugin.runs.options import option
 from cmd_plugin.runs.process import ACCELERATORS
 
 __all__ = ["TrainOptions"]
 
-_DATA = "Data and network"
 _TRAINING = "Training"
 _METHODS = "Averages and modes"
 _EMBEDDING = "Embedded training"
@@ -22,7 +22,7 @@ _EMBEDDED = {"mode": ("embedded",)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(JobOptions):
+class TrainOptions(ImageOptions):
     r"""Train, and compare raw weights, EMA, SWA and CMD on the same held-out images.
 
     Each seed is one ordinary training run; EMA (every step), SWA (mean over the last quarter's
@@ -45,36 +45,12 @@ class TrainOptions(JobOptions):
       cmd-plugin train --data cifar10 --data-root DATA --model resnet18 --epochs 60 --warmup 20
     """
 
-    data: str = option(
-        "digits",
-        "digits (comes with scikit-learn), mnist, fashion-mnist, cifar10 or folder.",
-        panel=_DATA,
-    )
-    data_root: str | None = option(
-        None,
-        "Where data lies: torchvision's layout, or with --data folder a folder of "
-        "train/CLASS/IMAGE and test/CLASS/IMAGE (or CLASS/IMAGE), or an archive of it. Default: "
-        "environment variable CMD_PLUGIN_DATA. Nothing is downloaded.",
-        panel=_DATA,
-        free=True,
-    )
-    model: str = option(
-        "cnn",
-        "cnn (57k parameters), cnn:WIDTH, or any timm or torchvision name.",
-        panel=_DATA,
-    )
-    image_size: int | None = option(
-        None, "Resize images to this side length.", panel=_DATA, at_least=1
-    )
     label_noise: float = option(
         0.0,
         "Share of training labels replaced by a wrong one, 0 to below 1.",
-        panel=_DATA,
+        panel=DATA_PANEL,
         at_least=0,
         below=1,
-    )
-    train_limit: int | None = option(
-        None, "Use only so many training images.", panel=_DATA, at_least=1
     )
     optimizer: str = option(
         "sgd",

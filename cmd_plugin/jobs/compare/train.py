@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,8 @@ from cmd_plugin.jobs.fitting import TrainingClock, diverged, finished_epochs, fi
 from cmd_plugin.modes import Decomposition
 from cmd_plugin.networks import build_model
 from cmd_plugin.runs.figures import save_figure
-from cmd_plugin.runs.job import Job
+from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.process import check_accelerator, own_random_state, own_threads
-from cmd_plugin.runs.progress import ReportProgress
 from cmd_plugin.runs.result import Result
 
 __all__ = ["run"]
@@ -37,14 +35,8 @@ _RECALIBRATION_BATCHES = 8
 Report = Callable[[int, float, Scores], None]
 
 
-def run(
-    options: TrainOptions,
-    out: str | Path | None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: ReportProgress | None = None,
-) -> Result:
+@make_job("train")
+def run(job: Job, options: TrainOptions) -> Result:
     """Train once per seed and measure raw, EMA, SWA and CMD weights after every epoch.
 
     The training itself is that of the raw weights; the other variants watch it. With
@@ -53,14 +45,6 @@ def run(
     row in metrics.csv before they start (after epoch number `warmup + 1`, and in the last quarter).
     On a CPU with an unchanged number of threads, a run that was killed and resumed ends with the
     same bits as an uninterrupted one.
-
-    Args:
-        options: The options.
-        out: Folder for results and checkpoints, see :mod:`cmd_plugin.jobs.compare.files`; None
-            keeps nothing.
-        resume: Continue the unfinished run in `out`; its finished epochs are not trained again.
-        overwrite: Replace what lies in `out`.
-        progress: Called now and then with the state of the run.
 
     Raises:
         InputError: If data, model or folder cannot be used, or the training diverges. What was
@@ -78,26 +62,20 @@ def run(
     )
     with own_random_state(), own_threads(options.threads):
         build_model(options.model, data.channels, len(data.classes), data.size)  # fails early
-        with Job(
-            "train", options, out, resume=resume, overwrite=overwrite, progress=progress
-        ) as job:
-            if job.result is not None:
-                return job.result
-            files = {kind: TrainingFiles(job, kind) for kind in options.trainings}
-            found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in options.trainings}
-            for position, (seed, kind) in enumerate(product(options.all_seeds, options.trainings)):
-                train = partial(
-                    _train, options, data, files[kind], seed, _report(job, options, position)
-                )
-                found[kind].append(job.stage(f"{kind}/seed{seed}", train))
-            metrics, seconds = summarise(found)
-            about = _describe(data)
-            decomposition = Decomposition.load(files["online"].path("modes.safetensors"))
-            rows = {kind: place.rows() for kind, place in files.items()}
-            correlation = files["online"].correlation()
-            figure = draw_report(rows, decomposition, correlation, options, about, metrics)
-            save_figure(figure, job.folder.path("report.png"), options.as_dict())
-            return job.finish(metrics=metrics, data=about, seconds=seconds)
+        files = {kind: TrainingFiles(job, kind) for kind in options.trainings}
+        found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in options.trainings}
+        for position, (seed, kind) in enumerate(product(options.all_seeds, options.trainings)):
+            report = _report(job, options, position)
+            train = partial(_train, options, data, files[kind], seed, report)
+            found[kind].append(job.stage(f"{kind}/seed{seed}", train))
+        metrics, seconds = summarise(found)
+        about = _describe(data)
+        decomposition = Decomposition.load(files["online"].path("modes.safetensors"))
+        rows = {kind: place.rows() for kind, place in files.items()}
+        correlation = files["online"].correlation()
+        figure = draw_report(rows, decomposition, correlation, options, about, metrics)
+        save_figure(figure, job.folder.path("report.png"), options.as_dict())
+        return job.finish(metrics=metrics, data=about, seconds=seconds)
 
 
 def _describe(data: ImageData) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from typing import Any
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.federated.partition import parse_partition
-from cmd_plugin.runs.options import JobOptions, option, option_fields
+from cmd_plugin.jobs.image_options import DATA_PANEL, ImageOptions
+from cmd_plugin.runs.options import option, option_fields
 
 __all__ = ["METHODS", "SimulateOptions"]
 
 METHODS = ("fedavg", "cmd", "apf", "a-apf", "topk", "fedpaq")
 
-_DATA = "Data and network"
 _FEDERATION = "Federation"
 _METHOD = "Method"
 _MACHINE = "Seed and machine"
@@ -24,7 +24,7 @@ _APF = {"method": ("apf", "a-apf")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimulateOptions(JobOptions):
+class SimulateOptions(ImageOptions):
     r"""Train with several clients on this machine, and count what they would have sent.
 
     The clients and the server are the Flower apps that also deploy. Bytes are those of Flower's
@@ -43,28 +43,8 @@ class SimulateOptions(JobOptions):
     # CMD's defaults are the schedule of benchmarks/federated.py; the paper's method is modes=10,
     # embed_every=2, embed_percent=10, relative=False, project="epoch", pool=False.
 
-    data: str = option(
-        "digits",
-        "digits (comes with scikit-learn), mnist, fashion-mnist, cifar10 or folder.",
-        panel=_DATA,
-    )
-    data_root: str | None = option(
-        None,
-        "Where data lies; default: environment variable CMD_PLUGIN_DATA. Nothing is downloaded.",
-        panel=_DATA,
-        free=True,
-    )
-    model: str = option(
-        "cnn", "cnn (57k parameters), cnn:WIDTH, or any timm or torchvision name.", panel=_DATA
-    )
-    image_size: int | None = option(
-        None, "Resize images to this side length.", panel=_DATA, at_least=1
-    )
-    train_limit: int | None = option(
-        None, "Use only so many training images, over all clients.", panel=_DATA, at_least=1
-    )
     test_limit: int | None = option(
-        None, "Evaluate on only so many held-out images.", panel=_DATA, at_least=1
+        None, "Evaluate on only so many held-out images.", panel=DATA_PANEL, at_least=1
     )
     clients: int = option(10, "Number of clients.", panel=_FEDERATION, at_least=1)
     partition: str = option(

@@ -1,7 +1,5 @@
 """The options of ``cmd-plugin points train``, ``robustness`` and ``explain``."""
 
-# ruff: noqa: RUF009 - option() declares a field, as dataclasses.field() does
-
 from __future__ import annotations
 
 import dataclasses

@@ -22,9 +22,8 @@ from cmd_plugin.pointcloud.robustness import (
 )
 from cmd_plugin.pointcloud.robustness_plots import draw_report
 from cmd_plugin.runs.figures import save_figure
-from cmd_plugin.runs.job import Job
+from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.process import own_threads
-from cmd_plugin.runs.progress import ReportProgress
 from cmd_plugin.runs.result import Result
 
 __all__ = ["run"]
@@ -32,25 +31,12 @@ __all__ = ["run"]
 _NETWORKS = "networks.safetensors"
 
 
-def run(
-    options: RobustnessOptions,
-    out: str | Path | None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: ReportProgress | None = None,
-) -> Result:
+@make_job("points robustness")
+def run(job: Job, options: RobustnessOptions) -> Result:
     """Train the five networks, or take those of an earlier run, and evaluate them.
 
     A run that was stopped goes on after the last stage it finished (plain network, ensemble,
     network on subsets), and ends as if it had not been stopped.
-
-    Args:
-        options: The options.
-        out: Folder for networks.safetensors, robustness.png and result.json; None keeps nothing.
-        resume: Go on with the unfinished run in ``out``.
-        overwrite: Replace what lies in ``out``.
-        progress: Called after every epoch and every set of clouds.
 
     Returns:
         What :meth:`cmd_plugin.pointcloud.RobustnessReport.as_dict` gives.
@@ -80,40 +66,33 @@ def run(
         defences = initial_defences(make, options.points, options.seed)
         if options.networks is not None:
             _take(defences, Path(options.networks), options)
-        with Job(
-            "points robustness", options, out, resume=resume, overwrite=overwrite, progress=progress
-        ) as job:
-            if job.result is not None:
-                return job.result
-            started = time.perf_counter()
-            done = (
-                0 if options.networks is not None else _train(job, options, make, train, defences)
-            )
-            trained = time.perf_counter()
-            report = evaluate_corruptions(
-                defences.eval(),
-                sets,
-                views=defences.views,
-                seed=options.seed,
-                rounding=options.rounding,  # type: ignore[arg-type]
-                progress=lambda sets, _: job.report("evaluating", done + sets, done + SETS),
-            )
-            evaluated = time.perf_counter()
-            defences.save(job.folder.path(_NETWORKS), options.settings)
-            title = f"{options.model} on {test.name}, {options.points} points, seed {options.seed}"
-            save_figure(draw_report(report, title), job.folder.path("robustness.png"))
-            return job.finish(
-                metrics=report.as_dict(),
-                data={
-                    "name": test.name,
-                    "classes": list(train.classes),
-                    "train_clouds": len(train),
-                    "corruptions": "ModelNet-C-style, this seed"
-                    if options.released is None
-                    else "released ModelNet-C",
-                },
-                seconds={"training": trained - started, "evaluation": evaluated - trained},
-            )
+        started = time.perf_counter()
+        done = 0 if options.networks is not None else _train(job, options, make, train, defences)
+        trained = time.perf_counter()
+        report = evaluate_corruptions(
+            defences.eval(),
+            sets,
+            views=defences.views,
+            seed=options.seed,
+            rounding=options.rounding,  # type: ignore[arg-type]
+            progress=lambda sets, _: job.report("evaluating", done + sets, done + SETS),
+        )
+        evaluated = time.perf_counter()
+        defences.save(job.folder.path(_NETWORKS), options.settings)
+        title = f"{options.model} on {test.name}, {options.points} points, seed {options.seed}"
+        save_figure(draw_report(report, title), job.folder.path("robustness.png"))
+        return job.finish(
+            metrics=report.as_dict(),
+            data={
+                "name": test.name,
+                "classes": list(train.classes),
+                "train_clouds": len(train),
+                "corruptions": "ModelNet-C-style, this seed"
+                if options.released is None
+                else "released ModelNet-C",
+            },
+            seconds={"training": trained - started, "evaluation": evaluated - trained},
+        )
 
 
 def _take(defences: Defences, given: Path, options: RobustnessOptions) -> None:

@@ -24,9 +24,8 @@ from cmd_plugin.jobs.points.options import TrainOptions
 from cmd_plugin.networks import evaluate
 from cmd_plugin.pointcloud import PointClouds, build_network
 from cmd_plugin.runs.files import write_atomically
-from cmd_plugin.runs.job import Job
+from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.process import check_accelerator, own_random_state, own_threads
-from cmd_plugin.runs.progress import ReportProgress
 from cmd_plugin.runs.result import Result
 from cmd_plugin.runs.table import Table
 
@@ -102,25 +101,12 @@ class _Recorder(Callback):
         self.clock.seconds = state_dict["training_seconds"]
 
 
-def run(
-    options: TrainOptions,
-    out: str | Path | None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: ReportProgress | None = None,
-) -> Result:
+@make_job("points train")
+def run(job: Job, options: TrainOptions) -> Result:
     """Train a point network and evaluate it on held-out clouds after every epoch.
 
     On a CPU with an unchanged number of threads, a run that was killed and resumed ends with the
     same bits as an uninterrupted one.
-
-    Args:
-        options: The options.
-        out: Folder for metrics.csv, model.safetensors and result.json; None keeps nothing.
-        resume: Go on with the unfinished run in ``out``.
-        overwrite: Replace what lies in ``out``.
-        progress: Called after every batch.
 
     Returns:
         Of the last epoch ``accuracy`` in [0, 1] and ``loss`` in nats, and the ``parameters``.
@@ -138,15 +124,7 @@ def run(
         options.test_clouds,
         options.seed,
     )
-    with (
-        own_random_state(),
-        own_threads(options.threads),
-        Job(
-            "points train", options, out, resume=resume, overwrite=overwrite, progress=progress
-        ) as job,
-    ):
-        if job.result is not None:
-            return job.result
+    with own_random_state(), own_threads(options.threads):
         found = job.stage("training", partial(_train, job, options, train, test))
         seconds = {"training": found.pop("seconds")}
         about = {
