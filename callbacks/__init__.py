@@ -1,4 +1,9 @@
-"""Lightning adapters: they decide when to measure, hand tensors over, log. No maths lives here."""
+"""Lightning adapters: they decide when to measure, hand tensors over, log. No maths lives here.
+
+Each callback is imported when it is first used.
+"""
+
+from __future__ import annotations
 
 if __name__ != "cmd_plugin.callbacks":
     raise ImportError(
@@ -6,7 +11,23 @@ if __name__ != "cmd_plugin.callbacks":
         "write 'from cmd_plugin.callbacks import ...'."
     )
 
-from cmd_plugin.callbacks.cmd import CMDCallback
-from cmd_plugin.callbacks.point_importance import PointImportanceMonitor
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmd_plugin.callbacks.cmd import CMDCallback
+    from cmd_plugin.callbacks.point_importance import PointImportanceMonitor
 
 __all__ = ["CMDCallback", "PointImportanceMonitor"]
+
+_HOMES = {"CMDCallback": "cmd", "PointImportanceMonitor": "point_importance"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
