@@ -11,23 +11,18 @@ if __name__ != "cmd_plugin.callbacks":
         "write 'from cmd_plugin.callbacks import ...'."
     )
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
-    from cmd_plugin.callbacks.cmd import CMDCallback
-    from cmd_plugin.callbacks.point_importance import PointImportanceMonitor
+    from cmd_plugin.callbacks.cmd import CMDCallback as CMDCallback
+    from cmd_plugin.callbacks.point_importance import (
+        PointImportanceMonitor as PointImportanceMonitor,
+    )
 
-__all__ = ["CMDCallback", "PointImportanceMonitor"]
+_MODULES = {"CMDCallback": "cmd", "PointImportanceMonitor": "point_importance"}
 
-_HOMES = {"CMDCallback": "cmd", "PointImportanceMonitor": "point_importance"}
+__all__ = list(_MODULES)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_face(__name__, _MODULES)

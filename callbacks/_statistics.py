@@ -7,30 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from cmd_plugin.callbacks._arguments import whole
 from cmd_plugin.callbacks._second_pass import untouched
 from cmd_plugin.errors import InputError
 from cmd_plugin.modes import OnlineModes
-from cmd_plugin.modes.exchange import recalibrated
-from cmd_plugin.modes.layout import clean_name
+from cmd_plugin.networks import recalibrated, running_statistics
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["ModelledStatistics", "running_statistics"]
-
-
-def running_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics of a module's BatchNorm layers, by cleaned name."""
-    return {
-        clean_name(f"{name}.{key}"): buffer
-        for name, layer in module.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats
-        for key, buffer in layer.named_buffers(recurse=False)
-    }
+__all__ = ["ModelledStatistics"]
 
 
 class ModelledStatistics:

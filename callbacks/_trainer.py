@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import PluginError
-from cmd_plugin.modes.layout import clean_name
+from cmd_plugin.networks.names import clean_name
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

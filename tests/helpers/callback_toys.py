@@ -1,6 +1,6 @@
 """Small models, data and trainers for the callback tests, in every installed Lightning.
 
-``conftest.py`` makes this file importable as ``callback_toys``, here and in child processes.
+The tests' ``conftest.py`` makes this file importable as ``callback_toys``.
 """
 
 # ruff: noqa: ARG002 - Lightning fixes the signatures of its hooks
@@ -173,6 +173,33 @@ class Counting(CMDCallback):
         self.events.append((kind, trainer.current_epoch, trainer.global_step))
 
 
+class Watching(Counting):
+    """After each validation, evaluates both sets of weights in a loop of its own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.seen: list[tuple[dict[str, float], dict[str, float], dict[str, float]]] = []
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.sanity_checking:
+            return
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        raw = weights_of(pl_module)
+        shown = modelled_weights(self, pl_module) if self.modes and self.modes.ready else raw
+        loader = toy_loader(seed=2)
+        self.seen.append(
+            (logged, evaluate(pl_module, raw, loader), evaluate(pl_module, shown, loader))
+        )
+
+
+class Unchanged(Counting):
+    """Says that it shows modelled weights but leaves the raw ones: both passes must then agree."""
+
+    def show_modelled(self, trainer: Any, pl_module: Any) -> bool:
+        return True
+
+
 class Killing(Counting):
     """Kills its own process at the start of a training step."""
 
@@ -332,6 +359,11 @@ def modelled_weights(callback: CMDCallback, module: Any) -> dict[str, Tensor]:
     shown = weights_of(module)
     CMDCallback.hide_modelled(callback)
     return shown
+
+
+def close(left: float, right: float) -> bool:
+    """Whether two means over a data set agree up to the order of summation."""
+    return abs(left - right) <= 2e-6 * max(1.0, abs(right))
 
 
 def evaluate(module: Any, weights: dict[str, Tensor], loader: Any) -> dict[str, float]:
