@@ -1,4 +1,9 @@
-"""Lightning adapters: they decide when to measure, hand tensors over, log. No maths lives here."""
+"""Lightning adapters: they decide when to measure, hand tensors over, log. No maths lives here.
+
+Each callback is imported when it is first used.
+"""
+
+from __future__ import annotations
 
 if __name__ != "cmd_plugin.callbacks":
     raise ImportError(
@@ -6,7 +11,18 @@ if __name__ != "cmd_plugin.callbacks":
         "write 'from cmd_plugin.callbacks import ...'."
     )
 
-from cmd_plugin.callbacks.cmd import CMDCallback
-from cmd_plugin.callbacks.point_importance import PointImportanceMonitor
+from typing import TYPE_CHECKING
 
-__all__ = ["CMDCallback", "PointImportanceMonitor"]
+from cmd_plugin._face import lazy_face
+
+if TYPE_CHECKING:
+    from cmd_plugin.callbacks.cmd import CMDCallback as CMDCallback
+    from cmd_plugin.callbacks.point_importance import (
+        PointImportanceMonitor as PointImportanceMonitor,
+    )
+
+_MODULES = {"CMDCallback": "cmd", "PointImportanceMonitor": "point_importance"}
+
+__all__ = list(_MODULES)
+
+__getattr__, __dir__ = lazy_face(__name__, _MODULES)

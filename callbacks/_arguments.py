@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from cmd_plugin.errors import InputError
 
-__all__ = ["one_of", "patterns", "whole"]
+__all__ = ["fraction", "one_of", "patterns", "whole"]
 
 _Choice = TypeVar("_Choice", bound=str)
 
@@ -21,6 +21,14 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
         message = f"{name} must be a whole number, {bound}{extra}; it is {value!r}."
         raise InputError(message)
     return int(value)
+
+
+def fraction(name: str, value: Any) -> float:
+    """Return ``value`` if it is above 0 and at most 1, else raise InputError."""
+    if not 0 < value <= 1:
+        message = f"{name} must be above 0 and at most 1; it is {value!r}."
+        raise InputError(message)
+    return float(value)
 
 
 def one_of(name: str, value: _Choice, choices: tuple[str, ...]) -> _Choice:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__all__ = ["NAMESPACES", "Callback"]
+__all__ = ["Callback"]
 
 
-def _installed_callbacks() -> dict[str, type]:
-    found: dict[str, type] = {}
+def _installed_callbacks() -> tuple[type, ...]:
+    found: list[type] = []
     for namespace in ("lightning.pytorch", "pytorch_lightning"):
         try:
             module = importlib.import_module(namespace)
@@ -27,21 +27,16 @@ def _installed_callbacks() -> dict[str, type]:
             if error.name is None or not namespace.startswith(error.name):
                 raise
             continue
-        found[namespace] = module.Callback
-    return found
+        found.append(module.Callback)
+    return tuple(found)
 
-
-_CALLBACKS = _installed_callbacks()
-
-NAMESPACES: tuple[str, ...] = tuple(_CALLBACKS)
-"""The Lightning distributions found: ``"lightning.pytorch"`` and/or ``"pytorch_lightning"``."""
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
 else:
     Callback = type(
         "Callback",
-        tuple(_CALLBACKS.values()),
+        _installed_callbacks(),
         {
             "__doc__": "A subclass of the ``Callback`` of every installed Lightning distribution.",
             "__module__": __name__,

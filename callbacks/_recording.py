@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +31,13 @@ class Published:
         value: 0-dim float tensor.
         forked: Whether the module logged it per step and per epoch: Lightning has it twice then.
         logger: Whether the module wants it in the loggers.
+        higher: Whether more is better, where a torchmetrics object says so.
     """
 
     value: Tensor
     forked: bool
     logger: bool
+    higher: bool | None = None
 
 
 @dataclass
@@ -46,7 +48,8 @@ class _Entry:
     forked: bool
     logger: bool
     value: Any  # a torchmetrics.Metric, or the running Tensor
-    weight: int = 0
+    weight: float = 0
+    higher: bool | None = None
 
     def add(self, value: Tensor, weight: int) -> None:
         if self.reduction == "mean":
@@ -57,6 +60,12 @@ class _Entry:
         else:
             smaller_or_larger = {"min": torch.minimum, "max": torch.maximum}[self.reduction]
             self.value = smaller_or_larger(self.value, value)
+
+    def result(self) -> Any:
+        return self.value / self.weight if self.reduction == "mean" else self.value
+
+    def published(self, value: Tensor) -> Published:
+        return Published(value, self.forked, self.logger, self.higher)
 
 
 class _Diverted:
@@ -165,7 +174,8 @@ class LogRecorder(_Diverted):
         forked, logger = bool(options["on_step"]), options["logger"] is not False
         key = (self._hook, name)
         if isinstance(value, Metric):
-            self._entries[key] = _Entry("metric", forked, logger, value)
+            higher = value.higher_is_better
+            self._entries[key] = _Entry("metric", forked, logger, value, higher=higher)
             return
         tensor = self._as_float(value)
         if key not in self._entries:
@@ -198,41 +208,31 @@ class LogRecorder(_Diverted):
         ``sync_dist``: a monitor must see the same number everywhere.
         """
         self._compute_metrics()  # synchronises by itself
-        local = {
-            name: (entry.reduction, entry.forked, entry.logger, entry.value, entry.weight)
-            for (_, name), entry in self._entries.items()
-        }
+        local = {name: entry for (_, name), entry in self._entries.items()}
         if _processes() == 1:
-            return {
-                name: Published(value / weight if reduction == "mean" else value, forked, logger)
-                for name, (reduction, forked, logger, value, weight) in local.items()
-            }
+            return {name: entry.published(entry.result()) for name, entry in local.items()}
         return _merge(local, self._pl_module.device)
 
 
-def _merge(
-    local: Mapping[str, tuple[str, bool, bool, Any, Any]], device: torch.device
-) -> dict[str, Published]:
+def _merge(local: Mapping[str, _Entry], device: torch.device) -> dict[str, Published]:
     # As objects: a name that only one rank logged must not leave the others waiting.
     plain = {
-        name: (reduction, forked, logger, float(value), float(weight))
-        for name, (reduction, forked, logger, value, weight) in local.items()
+        name: replace(entry, value=float(entry.value), weight=float(entry.weight))
+        for name, entry in local.items()
     }
     gathered: list[Any] = [None] * _processes()
     torch.distributed.all_gather_object(gathered, plain)
     merged: dict[str, Published] = {}
     for name in dict.fromkeys(name for rank in gathered for name in rank):
-        rows = [rank[name] for rank in gathered if name in rank]
-        reduction, forked, logger = rows[0][:3]
-        values = [row[3] for row in rows]
-        if reduction == "mean":
-            number = sum(values) / sum(row[4] for row in rows)
-        elif reduction == "metric":
-            number = values[0]
+        rows: list[_Entry] = [rank[name] for rank in gathered if name in rank]
+        first, values = rows[0], [row.value for row in rows]
+        if first.reduction == "mean":
+            number = sum(values) / sum(row.weight for row in rows)
+        elif first.reduction == "metric":
+            number = first.value
         else:
-            number = sum(values) if reduction == "sum" else _EXTREMES[reduction](values)
-        value = torch.tensor(number, dtype=torch.float32, device=device)
-        merged[name] = Published(value, forked, logger)
+            number = sum(values) if first.reduction == "sum" else _EXTREMES[first.reduction](values)
+        merged[name] = first.published(torch.tensor(number, dtype=torch.float32, device=device))
     return merged
 
 

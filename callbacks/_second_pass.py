@@ -12,7 +12,7 @@ import copy
 import inspect
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from cmd_plugin.callbacks._recording import LogRecorder, Published
+from cmd_plugin.errors import PluginError
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["second_pass", "takes_data_loader_iterator"]
+__all__ = ["refuse_data_loader_iterator", "second_pass", "untouched"]
 
 _MISSING = object()
 
@@ -55,7 +56,7 @@ def second_pass(trainer: Trainer, pl_module: LightningModule) -> dict[str, Publi
     strategy = trainer.strategy
     takes_index = _takes_batch_index(pl_module.validation_step)
     with ExitStack() as stack:
-        stack.enter_context(_untouched(pl_module, combined.flattened))
+        stack.enter_context(untouched(pl_module, combined.flattened))
         recorder = stack.enter_context(LogRecorder(pl_module))
         _call_hook(pl_module, recorder, "on_validation_epoch_start")
         for batch, index, loader in combined:
@@ -74,10 +75,15 @@ def second_pass(trainer: Trainer, pl_module: LightningModule) -> dict[str, Publi
         return recorder.results()
 
 
-def takes_data_loader_iterator(pl_module: LightningModule) -> bool:
-    """Whether the module's ``validation_step`` fetches its batches itself."""
+def refuse_data_loader_iterator(pl_module: LightningModule) -> None:
+    """Raise PluginError if the module's ``validation_step`` fetches its batches itself."""
     step = getattr(pl_module, "validation_step", None)
-    return callable(step) and "dataloader_iter" in inspect.signature(step).parameters
+    if callable(step) and "dataloader_iter" in inspect.signature(step).parameters:
+        message = (
+            "evaluate='both' cannot repeat a validation_step(dataloader_iter) that fetches its "
+            "own batches: use evaluate='modelled' or 'raw'."
+        )
+        raise PluginError(message)
 
 
 def _call_hook(pl_module: LightningModule, recorder: LogRecorder, hook: str, *args: Any) -> None:
@@ -94,7 +100,11 @@ def _takes_batch_index(step: Callable[..., Any]) -> bool:
 
 
 @contextmanager
-def _untouched(pl_module: LightningModule, loaders: list[Any]) -> Iterator[None]:
+def untouched(pl_module: LightningModule, loaders: Sequence[Any] = ()) -> Iterator[None]:
+    """Put back what running the module's code disturbs.
+
+    That is random streams (of the loaders too), torchmetrics objects, buffers and plain attributes.
+    """
     with ExitStack() as stack:
         stack.enter_context(_same_random_streams(pl_module.device, loaders))
         stack.enter_context(_same_attributes(pl_module))
@@ -103,7 +113,7 @@ def _untouched(pl_module: LightningModule, loaders: list[Any]) -> Iterator[None]
 
 
 @contextmanager
-def _same_random_streams(device: torch.device, loaders: list[Any]) -> Iterator[None]:
+def _same_random_streams(device: torch.device, loaders: Sequence[Any]) -> Iterator[None]:
     """Restore the random streams of Python, NumPy, torch (CPU and this device) and the loaders."""
     generators: dict[int, torch.Generator] = {}
     for loader in loaders:

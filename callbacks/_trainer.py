@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cmd_plugin.errors import InputError, PluginError
-from cmd_plugin.modes.layout import clean_name
+from cmd_plugin.errors import PluginError
+from cmd_plugin.networks.names import clean_name
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -21,12 +20,11 @@ __all__ = [
     "broadcast_from_rank_zero",
     "buffers_of_rank_zero",
     "epoch_is_over",
-    "planned_snapshots",
+    "refuse_rival",
     "refuse_sharded",
-    "resolve_warmup",
     "run_before_monitors",
     "runs",
-    "warn_when_too_short",
+    "warn_of_raw_weights",
 ]
 
 _logger = logging.getLogger("cmd_plugin.callbacks.cmd")  # of the callback the user knows
@@ -37,6 +35,14 @@ _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFS
 def runs(trainer: Trainer, function: str) -> bool:
     """Whether the trainer is inside ``fit``, ``validate``, ``test`` or ``predict``."""
     return getattr(trainer.state.fn, "value", None) == function
+
+
+def warn_of_raw_weights() -> None:
+    """Say that the modelled weights that were asked for do not exist."""
+    _logger.warning(
+        "No modelled weights for this module (before the fit, or never trained with this "
+        "callback): the raw weights are used."
+    )
 
 
 def refuse_sharded(trainer: Trainer, who: str) -> None:
@@ -51,6 +57,18 @@ def refuse_sharded(trainer: Trainer, who: str) -> None:
         message = (
             f"{who} needs the whole model in every process, which {sharded} does not keep: use "
             "strategy='ddp' or 'auto', or leave the callback out."
+        )
+        raise PluginError(message)
+
+
+def refuse_rival(trainer: Trainer) -> None:
+    """Raise PluginError if another callback writes the weights of checkpoints as well."""
+    others = trainer.callbacks  # type: ignore[attr-defined]
+    names = {kind.__name__ for other in others for kind in type(other).__mro__}
+    if "WeightAveraging" in names:
+        message = (
+            "CMDCallback(checkpoint_weights='modelled') and WeightAveraging both want the "
+            "state_dict of the checkpoint: use checkpoint_weights='raw'."
         )
         raise PluginError(message)
 
@@ -72,63 +90,6 @@ def epoch_is_over(trainer: Trainer, batch_idx: int | None = None) -> bool:
     if trainer.is_last_batch:
         return True
     return batch_idx is not None and batch_idx + 1 >= trainer.num_training_batches
-
-
-def planned_snapshots(
-    trainer: Trainer, every_n_epochs: int, every_n_steps: int | None
-) -> float | None:
-    """How many snapshots the run will give: a whole number, inf, or None when it cannot be told.
-
-    Ask in ``on_train_start`` or later, when the training data are set up: asking earlier would set
-    them up at another place of the random stream.
-    """
-    batches = trainer.num_training_batches / trainer.accumulate_grad_batches
-    steps_per_epoch = math.ceil(batches) if math.isfinite(batches) else math.inf
-    # With manual optimization, one batch may take any number of steps.
-    countable = trainer.lightning_module.automatic_optimization and steps_per_epoch > 0
-    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
-    if every_n_steps is not None:
-        if not countable and steps == math.inf:
-            return None
-        return min(steps, epochs * steps_per_epoch if epochs else 0.0) // every_n_steps
-    if steps != math.inf:
-        if not countable:
-            return None
-        epochs = min(epochs, math.ceil(steps / steps_per_epoch) if steps else 0.0)
-    return epochs // every_n_epochs if math.isfinite(epochs) else epochs
-
-
-def warn_when_too_short(
-    trainer: Trainer, every_n_epochs: int, every_n_steps: int | None, needed: int
-) -> None:
-    """Warn if the run is known to end before ``needed`` snapshots are taken."""
-    planned = planned_snapshots(trainer, every_n_epochs, every_n_steps)
-    if planned is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
-    if planned < needed:
-        _logger.warning(
-            "The run plans %d snapshots and the fit needs %d: nothing will be modelled. Lower "
-            "warmup, or take snapshots more often.",
-            planned,
-            needed,
-        )
-
-
-def resolve_warmup(fraction: float, planned: float | None) -> int:
-    """Turn a fraction of the planned snapshots into the warm-up F, at least 2.
-
-    Raises:
-        InputError: If the run has no known end.
-    """
-    if planned is None or not math.isfinite(planned):
-        message = (
-            f"warmup={fraction} is a fraction of a run whose number of snapshots is not known "
-            "beforehand: give warmup as a number of snapshots, or set max_epochs or max_steps."
-        )
-        raise InputError(message)
-    # One snapshot has to be left, because the one after the warm-up triggers the fit.
-    return max(2, min(round(fraction * planned), int(planned) - 1))
 
 
 def broadcast_from_rank_zero(

@@ -24,7 +24,7 @@ from cmd_plugin.modes.tied import Owned, moved_by
 from cmd_plugin.modes.tracker import Tracker
 from cmd_plugin.modes.warmup import WarmUp
 from cmd_plugin.networks.measuring import kept_buffers
-from cmd_plugin.networks.recalibration import recalibrated
+from cmd_plugin.networks.recalibration import load_statistics, recalibrated, running_statistics
 
 __all__ = ["OnlineModes"]
 
@@ -281,7 +281,11 @@ class OnlineModes:
 
     @contextmanager
     def swap(
-        self, model: nn.Module | None = None, *, recalibrate: Iterable[object] | None = None
+        self,
+        model: nn.Module | None = None,
+        *,
+        recalibrate: Iterable[object] | None = None,
+        statistics: Mapping[str, Tensor] | None = None,
     ) -> Iterator[bool]:
         """Show the modelled weights inside the ``with`` block.
 
@@ -291,20 +295,22 @@ class OnlineModes:
 
         Args:
             model: The model to change; None for the one given at construction.
-            recalibrate: Input batches for ``buffers="recalibrate"``; of a list or tuple the first
-                entry is the input.
+            recalibrate: Input batches for BatchNorm; of a list or tuple the first is the input.
+            statistics: Statistics of BatchNorm to show instead, by name, as found once before by
+                :func:`cmd_plugin.networks.running_statistics`.
 
         Yields:
             Whether the weights are modelled ones: False before the fit, when nothing is changed.
 
         Raises:
-            InputError: If BatchNorm is to be recalibrated and there are no batches: told before the
-                fit too, not at the end of the warm-up.
+            InputError: If BatchNorm is to be recalibrated and there are no batches; before the fit
+                too. If ``statistics`` are those of another model (StateMismatch).
         """
         if self._swapped:
             raise PluginError("swap() is already active.")
         target = self._model if model is None else model
-        if self.buffers == "recalibrate" and recalibrate is None and _has_batch_norm(target):
+        again = self.buffers == "recalibrate" and statistics is None
+        if again and recalibrate is None and target is not None and running_statistics(target):
             raise InputError(
                 "this network has BatchNorm, whose statistics have to fit the modelled weights: "
                 "give swap() recalibrate=batches (some input batches), or make OnlineModes with "
@@ -326,7 +332,8 @@ class OnlineModes:
                     for name in self.layout.names:
                         if name.endswith("running_var"):
                             tensors[name].clamp_(min=0.0)
-                again = self.buffers == "recalibrate"
+                if statistics is not None:
+                    load_statistics(target, statistics)
                 with recalibrated(target, recalibrate) if again else nullcontext():
                     yield True
             finally:
@@ -491,9 +498,3 @@ class OnlineModes:
                 embedder = Embedder.from_state(embedding, held, tracker, self.layout)
         self._warmup, self._tracker, self._embedder = warmup, tracker, embedder
         self.samples, self.updates = samples, updates
-
-
-def _has_batch_norm(model: nn.Module | None) -> bool:
-    kind = nn.modules.batchnorm._BatchNorm
-    modules = () if model is None else model.modules()
-    return any(isinstance(module, kind) and module.track_running_stats for module in modules)

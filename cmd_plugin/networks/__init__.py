@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from cmd_plugin.networks.measuring import undisturbed as undisturbed
     from cmd_plugin.networks.named import SmallConvNet as SmallConvNet
     from cmd_plugin.networks.named import build_model as build_model
+    from cmd_plugin.networks.recalibration import load_statistics as load_statistics
     from cmd_plugin.networks.recalibration import recalibrate as recalibrate
     from cmd_plugin.networks.recalibration import recalibrated as recalibrated
+    from cmd_plugin.networks.recalibration import running_statistics as running_statistics
     from cmd_plugin.networks.weights import load_weights as load_weights
     from cmd_plugin.networks.weights import read_weights as read_weights
 
@@ -29,10 +31,12 @@ _MODULES = {
     "evaluate": "evaluation",
     "find_checkpoints": "checkpoints",
     "kept_buffers": "measuring",
+    "load_statistics": "recalibration",
     "load_weights": "weights",
     "read_weights": "weights",
     "recalibrate": "recalibration",
     "recalibrated": "recalibration",
+    "running_statistics": "recalibration",
     "undisturbed": "measuring",
 }
 

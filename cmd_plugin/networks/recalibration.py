@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from cmd_plugin.errors import InputError
+from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.networks.measuring import kept_buffers, undisturbed
+from cmd_plugin.networks.names import clean_name
 
-__all__ = ["recalibrate", "recalibrated"]
+__all__ = ["load_statistics", "recalibrate", "recalibrated", "running_statistics"]
 
 
 def recalibrate(model: nn.Module, batches: Iterable[object] | None) -> None:
@@ -64,6 +65,41 @@ def recalibrated(model: nn.Module, batches: Iterable[object] | None) -> Iterator
     with kept_buffers(_layers(model)):
         recalibrate(model, batches)
         yield
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return BatchNorm's running statistics, the buffers themselves, by cleaned name."""
+    return {
+        clean_name(f"{name}.{key}" if name else key): buffer
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats
+        for key, buffer in layer.named_buffers(recurse=False)
+    }
+
+
+def load_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+    """Write running statistics into a model, in place.
+
+    Args:
+        model: The model.
+        statistics: By the names of :func:`running_statistics`, on any device.
+
+    Raises:
+        StateMismatch: If they are not those of this model's BatchNorm layers, all of them; nothing
+            is written then.
+    """
+    own = running_statistics(model)
+    for name in own.keys() | statistics.keys():
+        given = statistics[name].shape if name in statistics else None
+        if name not in own or own[name].shape != given:
+            raise StateMismatch(
+                f"the statistics are not this model's: {name!r} has the shape "
+                f"{None if given is None else tuple(given)} in them and "
+                f"{tuple(own[name].shape) if name in own else None} in the model."
+            )
+    with torch.no_grad():
+        for name, buffer in own.items():
+            buffer.copy_(statistics[name])
 
 
 def _layers(model: nn.Module) -> list[_BatchNorm]:

@@ -1,4 +1,4 @@
-"""Lightning's chatter, the helpers of this folder, and one fixture over both distributions."""
+"""Lightning's chatter, this folder's shared helpers, and one fixture over both distributions."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ import torch
 _HERE = Path(__file__).parent
 
 
-def _load_helpers() -> None:
-    # With --import-mode=importlib a test folder is not on the path; child processes load the same
-    # file from this folder.
-    spec = importlib.util.spec_from_file_location("callback_toys", _HERE / "callback_toys.py")
+def _load_helper(name: str) -> None:
+    # With --import-mode=importlib a folder of tests is not on the path; child processes load the
+    # same file, because their scripts lie beside it.
+    path = _HERE.parent / "helpers" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["callback_toys"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
 
 
-_load_helpers()
+_load_helper("callback_toys")
 
 # Advice about speed and set-up that tiny runs cannot follow. Everything else stays an error.
 _CHATTER = (

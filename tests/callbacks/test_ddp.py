@@ -35,7 +35,7 @@ def free_ports(count: int) -> list[str]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What both ranks ended with in every case; two processes go through all cases."""
     folder = tmp_path_factory.mktemp("ddp")
-    script, ports = Path(__file__).with_name("ddp_run.py"), free_ports(len(CASES))
+    script, ports = Path(__file__).parents[1] / "helpers" / "ddp_run.py", free_ports(len(CASES))
     children = []
     try:
         for rank in range(2):

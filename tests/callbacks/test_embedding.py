@@ -204,7 +204,7 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_tying_wants_references_with_gradients() -> None:
-    callback = CMDCallback(**{**SMALL, **EMBEDDED}, project="tie")
+    callback = CMDCallback(**{**SMALL, **EMBEDDED}, project="tie", buffers="model")
     with pytest.raises(InputError, match="use buffers='keep'"):
         fit(make_module(norm=True), callback)
 
@@ -291,7 +291,7 @@ def test_a_diverged_run_ends_with_one_sentence(project: Any) -> None:
     callback = Counting(**EMBEDDED, project=project)
     with pytest.raises(NonFiniteError, match="the training diverged"):
         fit(module, callback)
-    assert not callback._handles
+    assert not callback._steps.handles
 
 
 def hooks_of(trainer: Any) -> int:
@@ -318,7 +318,7 @@ def test_nothing_is_left_on_the_optimizers(namespace: str, kind: type) -> None:
         trainer.fit(module, toy_loader(), toy_loader(seed=2))
     except Interrupted:
         assert kind is Failing
-    assert not callback._handles
+    assert not callback._steps.handles
     assert hooks_of(trainer) == 0
 
 
@@ -339,7 +339,7 @@ def test_copies_leave_the_optimizers_behind(duplicate: Any) -> None:
 
     callback = Copying(**EMBEDDED, project="step")
     fit(make_module(norm=False), callback)
-    assert callback.copied._handles == []
+    assert callback.copied._steps.handles == []
     assert callback.copied.embedding == callback.embedding
     assert callback.copied.state_dict()["modes"]["embedder"]["embedded"].any()
 

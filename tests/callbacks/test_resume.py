@@ -30,7 +30,7 @@ from torch import nn
 from cmd_plugin.callbacks import CMDCallback
 from cmd_plugin.errors import StateMismatch
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 EPOCHS = 7
 
 
@@ -369,7 +369,7 @@ def test_resuming_a_finished_run_keeps_its_state(tmp_path: Path) -> None:
 def test_killed_process_resumes_exactly(tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch: no hook runs, only the file on disk is left."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "killed_run.py"), str(tmp_path), "27"]
+    command = [sys.executable, str(HELPERS / "killed_run.py"), str(tmp_path), "27"]
     child = subprocess.run(command, env=environment, timeout=300, check=False)
     assert child.returncode == -signal.SIGKILL
     resumed = train_with_checkpoints(tmp_path, resume=True)
