@@ -133,7 +133,7 @@ def exercise_points(dtype: torch.dtype) -> None:
 
 
 @triton.jit
-def _racing(values, flags, sums, BLOCK: tl.constexpr):
+def _racing(values, flags, sums, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
     """Sum the flagged values and zero them: a warp may zero what another has yet to load."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chosen = tl.load(flags + at) != 0
