@@ -249,6 +249,22 @@ class FlatView:
             else:
                 yield tensor, chosen, torch.unravel_index(inside, tensor.shape)
 
+    def sum_of_squares(self) -> float:
+        """Return the sum of the squares of all values, in one pass without a temporary of size N.
+
+        Summed in the view's dtype within a block or a tensor, in float64 over them. Not finite if
+        a value is not, or if it overflows.
+        """
+        if self.device.type != "cpu":
+            # One launch for all tensors of a precision, and one answer to wait for.
+            return _sum_of_squares([t for t in self._tensors if t.numel()])
+        scratch = self.scratch()
+        total = 0.0
+        for number, _, _ in self.blocks():
+            for values in self._views[number] or [self.read(number, scratch)]:
+                total += torch.dot(values, values).item()
+        return total
+
     def count_non_finite(self) -> int:
         """Return how many values are NaN or infinite, in one pass without a temporary of size N."""
         if self.device.type != "cpu":
@@ -288,6 +304,13 @@ def tensors_of(weights: Weights) -> list[Tensor]:
     if isinstance(weights, FlatView):
         return weights.tensors
     return [tensor.detach() for tensor in weights]
+
+
+def _sum_of_squares(tensors: Sequence[Tensor]) -> float:
+    half, full = [t for t in tensors if t.itemsize < 4], [t for t in tensors if t.itemsize >= 4]
+    norms = [*torch._foreach_norm(full)] if full else []
+    norms += torch._foreach_norm(half, dtype=torch.float32) if half else []
+    return float(torch.stack([norm.double() for norm in norms]).square().sum()) if norms else 0.0
 
 
 def _write(target: Tensor, values: Tensor, mask: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cmd_plugin.errors import InputError, PluginError
 from cmd_plugin.kernels import reconstruct
+from cmd_plugin.modes.fit import explained_share
 from cmd_plugin.modes.layout import Layout
 from cmd_plugin.runs.tensors import Schema
 
@@ -158,7 +159,7 @@ class Decomposition:
 
     def explained_variance(self) -> float:
         """Return the share of all movement the model explains, at most 1; nan if nothing moves."""
-        return min(1.0, self.explained / self.total) if self.total > 0 else float("nan")
+        return explained_share(self.explained, self.total)
 
     def explained_variance_by_layer(self) -> dict[str, float]:
         """Return the explained share of each tensor's movement, nan where a tensor does not move.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import frexp, isfinite, ldexp, nan
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from cmd_plugin.modes.layout import Layout
 
 __all__ = [
     "explained_by_layer",
+    "explained_share",
     "fit_modes",
     "sum_in_double",
     "sum_of_squares",
@@ -64,7 +67,9 @@ def explained_by_layer(
             squares of the weight.
         total: [N] sum of squared deviations of each weight, when the slopes will be shrunk.
     """
-    table = ModeTable(energy.to(slope.device, slope.dtype), BLOCK)
+    # In units of a power of two near the largest energy: a float32 need not hold the squares.
+    _, exponent = frexp(float(energy.max()) if energy.numel() else 0.0)
+    table = ModeTable((energy * ldexp(1.0, -exponent)).to(slope.device, slope.dtype), BLOCK)
     scratch = torch.empty(min(BLOCK, layout.numel), dtype=slope.dtype, device=slope.device)
     sums = torch.zeros(len(layout.names), dtype=torch.float64)
     for layer, (start, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
@@ -73,10 +78,20 @@ def explained_by_layer(
             part = table.lookup(mode[block], scratch[: block.stop - low])
             part.mul_(slope[block]).mul_(slope[block])
             if total is not None:
-                share = (part / total[block]).nan_to_num_(0.0).clamp_(0.0, 1.0)
+                share = part / total[block] * ldexp(1.0, exponent)
+                share = share.nan_to_num_(0.0).clamp_(0.0, 1.0)
                 part.mul_(share.mul_(2.0 - share))
             sums[layer] += part.sum(dtype=torch.float64).cpu()
-    return sums
+    return sums * ldexp(1.0, exponent)
+
+
+def explained_share(explained: float, total: float) -> float:
+    """Return which share of the movement is explained, at most 1.
+
+    nan if nothing moves, or if either sum is not a number: never a perfect score then.
+    """
+    share = explained / total if total > 0.0 else nan
+    return min(share, 1.0) if isfinite(share) else nan  # min(1.0, nan) would be 1.0
 
 
 def total_by_layer(layout: Layout, total: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, PluginError, StateMismatch
 from cmd_plugin.kernels import FlatView
+from cmd_plugin.kernels.update_affine import accepts
 from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.embedding import Embedder, check_embedding
 from cmd_plugin.modes.exchange import modelled, normalisations
+from cmd_plugin.modes.fit import explained_share
 from cmd_plugin.modes.layout import Layout, check_buffers, find_weights
 from cmd_plugin.modes.sampling import sample_weights
 from cmd_plugin.modes.settings import Embedding, Settings
@@ -141,8 +143,8 @@ class OnlineModes:
             label: Number of the snapshot in the history, say the epoch; None counts updates.
 
         Raises:
-            NonFiniteError: If a weight is NaN or infinite (or so large that its square is); the
-                modes stay as they were, up to rounding.
+            NonFiniteError: If a weight is NaN or infinite, or sums of their squares could be; the
+                modes stay as they were, bit for bit.
             StateMismatch: If the source has other tensors than the layout.
             PluginError: If called inside :meth:`swap`.
         """
@@ -153,10 +155,10 @@ class OnlineModes:
             view = self._read(source)
             number, tracker = self.updates if label is None else label, self._tracker
             if tracker is None:
-                finite = not view.count_non_finite()
-            else:  # in one pass with the update, which takes itself back
-                finite = tracker.update(view, self._values(view, tracker.choice.members), number)
-            if not finite:
+                taken = accepts(view)
+            else:
+                taken = tracker.update(view, self._values(view, tracker.choice.members), number)
+            if not taken:
                 raise diverged(view, self.layout, self.updates)
             self.updates += 1
             if self._embedder is not None and tracker is not None:
@@ -444,9 +446,9 @@ class OnlineModes:
 
     def explained_variance(self) -> float:
         """Return the share of all movement so far the model explains, at most 1; nan if none."""
-        if self._tracker is None or not self._tracker.total_sum > 0:
+        if self._tracker is None:
             return float("nan")
-        return min(1.0, self._tracker.explained(self.layout) / self._tracker.total_sum)
+        return explained_share(self._tracker.explained(self.layout), self._tracker.total_sum)
 
     # -- stop and continue -------------------------------------------------------------------------
 

@@ -122,6 +122,6 @@ def diverged(view: FlatView, layout: Layout, snapshot: int) -> NonFiniteError:
     what = (
         f"{bad} of {layout.numel} weights are NaN or infinite at snapshot {snapshot}, {where}"
         if bad
-        else f"weights are so large that their squares overflow at snapshot {snapshot}"
+        else f"weights are so large that sums of their squares overflow at snapshot {snapshot}"
     )
     return NonFiniteError(f"{what}: the training diverged; the modes keep what they knew before.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import isfinite, ldexp
 from typing import Any, TypedDict
 
 import torch
@@ -29,6 +29,9 @@ class Evaluation(TypedDict, total=False):
     energy: Tensor
 
 
+_FAR = 2.0**32  # S over Z, or Z over S, beyond which Z moves
+_STILL = 2.0**-200  # sum of squares of a profile below which Z stays where it is
+_NOTHING = 2.0**-100  # S over Z below which the profile has stood still
 _HISTORY = 1024  # snapshots of the profiles that are kept; beyond it every second one is dropped
 
 
@@ -104,7 +107,7 @@ class Tracker:
             self.tied.move(self.mode)
 
     def update(self, weights: FlatView, members: Tensor, label: int) -> bool:
-        """Take a new snapshot in, unless a weight is not finite.
+        """Take a new snapshot in, unless a weight is not finite or far too large.
 
         Args:
             weights: The N weights.
@@ -112,7 +115,7 @@ class Tracker:
             label: Its number in the history.
 
         Returns:
-            Whether it was taken in; if not, the state is what it was, up to rounding.
+            Whether it was taken in; if not, the state is what it was, bit for bit.
         """
         if not bool(members.isfinite().all()):
             return False
@@ -121,20 +124,40 @@ class Tracker:
         keep = self.forgetting
         count = keep * self.count + 1.0
         blend = 1.0 / count
-        gain = step * (1.0 - blend) / self.unit
-        squares = float(
-            update_affine(weights, self.mode, self.slope, self.mean, gain, blend, keep, self.total)
-        )
-        if not isfinite(squares):
+        squares = keep * self.squares + step.square() * (1.0 - blend)
+        if not bool(squares.isfinite().all()):
             return False
-        self.total_sum = keep * self.total_sum + (1.0 - blend) * squares
+        slope, unit = self._in_unit_near(squares)
+        gain = step * (1.0 - blend) / unit
+        added = float(
+            update_affine(weights, self.mode, slope, self.mean, gain, blend, keep, self.total)
+        )
+        if not isfinite(added):
+            return False
+        self.slope, self.unit, self.squares = slope, unit, squares
+        self.total_sum = keep * self.total_sum + (1.0 - blend) * added
         self.profile_mean = self.profile_mean + step * blend
-        self.squares = keep * self.squares + step.square() * (1.0 - blend)
         self.count, self.profile = count, profile
         if self.follows_references:
             self._pin()
         self._remember(profile, label)
         return True
+
+    def _in_unit_near(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the slopes and Z as they are, or anew for modes whose S has left Z far behind.
+
+        A slope is a S / Z: after a long standstill under forgetting, or a movement far beyond that
+        of the warm-up, a float32 would not hold it. Z then moves by a power of two, which rounds no
+        slope.
+        """
+        ratio = squares / self.unit
+        far = ((ratio < 1 / _FAR) | (ratio > _FAR)) & (squares > _STILL)
+        if not bool(far.any()):
+            return self.slope, self.unit
+        exponents = torch.where(far, torch.frexp(ratio).exponent, 0).clamp_(-64, 1000).tolist()
+        factors = torch.tensor([ldexp(1.0, e) for e in exponents], dtype=torch.float64)
+        table = (1.0 / factors).to(self.slope.device, self.slope.dtype)
+        return self.slope * table[self.mode.long()], self.unit * factors
 
     def _pin(self) -> None:
         """Keep the references' own coefficients exact: scale 1, mean that of the profile."""
@@ -167,10 +190,9 @@ class Tracker:
     def slope_per_unit(self) -> Tensor:
         """[M] float64 Z / S, by which a slope becomes the least-squares scale.
 
-        Zero for a profile that has stood still until forgetting left nothing of its movement: a
-        float32 slope has vanished long before.
+        Zero for a profile that has stood still until forgetting left nothing of its movement.
         """
-        alive = self.squares > self.unit * 1e-60
+        alive = self.squares > self.unit * _NOTHING
         return torch.where(alive, self.unit / self.squares, 0.0)
 
     @property

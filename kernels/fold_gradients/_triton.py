@@ -26,10 +26,12 @@ def _fold(gradient, embedded, mode, scale, sums, numel, modes, blocks, BLOCK: tl
         at = block * BLOCK + tl.arange(0, BLOCK)
         ok = at < numel
         chosen = ok & (tl.load(embedded + at, ok, 0) != 0)
-        m = tl.load(mode + at, chosen, 0).to(tl.int32)
-        part = tl.load(gradient + at, chosen, 0.0).to(tl.float64)
-        part *= tl.load(scale + at, chosen, 0.0).to(tl.float64)
-        tl.store(gradient + at, tl.zeros([BLOCK], dtype=gradient.dtype.element_ty), chosen)
+        m = tl.load(mode + at, ok, 0).to(tl.int32)
+        g = tl.load(gradient + at, ok, 0.0)
+        # What is stored depends on what was loaded: plain zeros may be stored in another layout,
+        # and then one warp zeroes what another has yet to read.
+        tl.store(gradient + at, tl.where(chosen, tl.zeros_like(g), g), ok)
+        part = g.to(tl.float64) * tl.load(scale + at, ok, 0.0).to(tl.float64)
         for k in range(modes):
             own = sums + program * modes + k
             total = tl.sum(tl.where(chosen & (m == k), part, 0.0))

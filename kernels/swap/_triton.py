@@ -37,6 +37,9 @@ def _swap_in(
         ok = lane < BLOCK
         at = inside + lane
         tl.store(kept + at, tl.load(pointer + at, ok, 0.0), ok)
+        # The modelled value does not depend on the raw one, so the compiler may store it in another
+        # layout: no warp may write before all have read.
+        tl.debug_barrier()
         value = load_block(start + lane, ok, mode, slope, mean, total, step, energy)
         tl.store(pointer + at, rounded(value, WEIGHT), ok)
     else:
@@ -44,6 +47,7 @@ def _swap_in(
         ok = lane < count
         raw = tl.load(pointer + where, ok, 0.0)
         tl.store(kept + strided(backup_shapes, kept_kind, inside + lane), raw, ok)
+        tl.debug_barrier()  # as above
         value = load_block(start + lane, ok, mode, slope, mean, total, step, energy)
         tl.store(pointer + where, rounded(value, WEIGHT), ok)
 

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from cmd_plugin.kernels._checks import require_state
 from cmd_plugin.kernels._dispatch import Backend, choose
-from cmd_plugin.kernels.flat_view import Weights, as_view, tensors_of
+from cmd_plugin.kernels.flat_view import FlatView, Weights, as_view, tensors_of
 from cmd_plugin.kernels.update_affine import _blocked
-from cmd_plugin.kernels.update_affine._revert import CHECKED_FIRST, revert_update
 
-__all__ = ["update_affine"]
+__all__ = ["accepts", "update_affine"]
+
+_PACKED = 1 << 16  # weights up to which many small tensors are worth a copy in one vector
+_HEADROOM = 2.0**-20  # sums over a million snapshots, and squares of differences, stay finite
 
 
 def update_affine(
@@ -41,12 +43,11 @@ def update_affine(
     algebraically the recursive least squares of the paper's online CMD, in a form that needs one
     look-up per weight and accumulates no error in the offset.
 
-    A snapshot with a weight that is NaN or infinite, or so large that :math:`e^2` is, is not taken
-    in. Up to 2^16 weights that is found out first; in longer vectors, which would have to be read
-    twice, it is found on the way, and then the state is restored up to rounding.
+    A snapshot that :func:`accepts` refuses is not taken in, and the state keeps every bit: the
+    weights are looked at first.
 
-    It reads 13 bytes a float32 weight and writes 8. Everything is computed in the dtype of
-    ``mean``; the sum of squares is accumulated in float64.
+    It reads 13 bytes a float32 weight and writes 8, after the 4 that :func:`accepts` reads.
+    Everything is computed in the dtype of ``mean``; the sum of squares is accumulated in float64.
 
     Args:
         weights: The N weights of the new snapshot, float16, bfloat16, float32 or float64.
@@ -64,7 +65,7 @@ def update_affine(
 
     Returns:
         [] float64, the sum of e^2 over all weights: times ``1 - blend`` it is what the snapshot
-        adds to the total sum of squares. Not finite if the snapshot was not taken in.
+        adds to the total sum of squares. NaN if the snapshot was not taken in.
 
     Raises:
         ShapeError: If a state vector does not have N values in the dtype of ``weights``, or lies
@@ -80,7 +81,50 @@ def update_affine(
     view = as_view(weights, mean.dtype)
     arrays = {"slope": slope, "mean": mean, "total": total}
     require_state(view.numel, view.dtype, mode, arrays, {"gain": gain}, view.device)
-    chosen = choose(
+    chosen = _choose(view, backend)
+    if view.numel <= _PACKED:
+        view = view.packed()
+    if not _accepts(view, chosen):
+        return torch.full((), math.nan, dtype=torch.float64, device=view.device)
+    arguments = (view, mode, slope, mean, gain, blend, decay, total)
+    if chosen == "triton":
+        from cmd_plugin.kernels.update_affine import _triton
+
+        return _triton.update_affine(*arguments)
+    if chosen == "numba":
+        from cmd_plugin.kernels.update_affine import _numba
+
+        return _numba.update_affine(*arguments)
+    return _blocked.update_affine(*arguments)
+
+
+def accepts(weights: Weights, backend: Backend = "auto") -> bool:
+    """Whether weights are finite, and small enough for a state to hold their squares.
+
+    Refused are NaN, infinities, and weights whose squares sum to more than 2^-20 of the largest
+    number of the dtype they are read in: no sum of squares of a run overflows then.
+
+    Args:
+        weights: The N weights of a snapshot.
+        backend: See :func:`update_affine`.
+    """
+    view = as_view(weights)
+    chosen = _choose(view, backend)
+    return _accepts(view.packed() if view.numel <= _PACKED else view, chosen)
+
+
+def _accepts(view: FlatView, chosen: str) -> bool:
+    if chosen == "numba":
+        from cmd_plugin.kernels.update_affine import _numba
+
+        squares = _numba.sum_of_squares(view)
+    else:
+        squares = view.sum_of_squares()
+    return squares <= _HEADROOM * torch.finfo(view.dtype).max
+
+
+def _choose(view: FlatView, backend: Backend) -> str:
+    return choose(
         "update_affine",
         backend,
         view.device,
@@ -88,24 +132,6 @@ def update_affine(
         numba=view.pieces() is not None and view.device.type == "cpu",
         triton=view.addressable,
     )
-    if view.numel <= CHECKED_FIRST:
-        view = view.packed()
-        if view.count_non_finite():
-            return torch.full((), math.nan, dtype=torch.float64, device=view.device)
-    arguments = (view, mode, slope, mean, gain, blend, decay, total)
-    if chosen == "triton":
-        from cmd_plugin.kernels.update_affine import _triton
-
-        squares = _triton.update_affine(*arguments)
-    elif chosen == "numba":
-        from cmd_plugin.kernels.update_affine import _numba
-
-        squares = _numba.update_affine(*arguments)
-    else:
-        squares = _blocked.update_affine(*arguments)
-    if not bool(squares.isfinite()):
-        revert_update(*arguments)
-    return squares
 
 
 _operator = torch.library.custom_op(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -39,8 +37,6 @@ class BlockUpdater:
         difference = self._innovation[: stop - start]
         torch.sub(self._weights.read(number, self._values), mean, out=difference)
         squares = torch.dot(difference, difference)
-        if not math.isfinite(squares):  # a weight is not finite: it leaves its state as it is
-            difference.masked_fill_(~difference.square().isfinite(), 0.0)
         mean.add_(difference, alpha=self._blend)
         if self._decay != 1.0:
             slope.mul_(self._decay)

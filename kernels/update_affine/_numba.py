@@ -18,11 +18,11 @@ from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
 
-from cmd_plugin.kernels._numba import array, compiled, numbers
+from cmd_plugin.kernels._numba import CHUNK, array, compiled, numbers
 from cmd_plugin.kernels._threads import in_threads
 from cmd_plugin.kernels.flat_view import FlatView
 
-__all__ = ["update_affine"]
+__all__ = ["sum_of_squares", "update_affine"]
 
 _SHARE = 1 << 19  # weights a thread takes at a time
 _SPAN = 128  # weights whose gains are looked up before the arithmetic
@@ -47,7 +47,6 @@ def _update(addresses, starts, low, high, mode, slope, mean, total, pairs, blend
     wide = np.empty(_SPAN // 2, dtype=pairs.dtype)
     gains = wide.view(mean.dtype)
     zero, one = mean.dtype.type(0.0), mean.dtype.type(1.0)
-    limit = mean.dtype.type(np.inf)
     for piece in range(low, high):
         first, size = starts[piece], starts[piece + 1] - starts[piece]
         weights = carray(_pointer(addresses[piece], mean), size)
@@ -64,9 +63,7 @@ def _update(addresses, starts, low, high, mode, slope, mean, total, pairs, blend
             part = zero
             for i in range(n):
                 innovation = w[i] - b[i]
-                square = innovation * innovation
-                part += square
-                innovation = innovation if square < limit else zero
+                part += innovation * innovation
                 b[i] += innovation * blend
                 s[i] = s[i] * decay + innovation * gains[i]
             if total.size:
@@ -74,9 +71,21 @@ def _update(addresses, starts, low, high, mode, slope, mean, total, pairs, blend
                 v = total[start:stop]
                 for i in range(n):
                     rest = w[i] - b[i]
-                    square = rest * rest
-                    square = square if square < limit else zero
-                    v[i] = v[i] * decay + square / (one - blend)
+                    v[i] = v[i] * decay + rest * rest / (one - blend)
+            squares += part
+        out[piece] = squares
+
+
+@compiled
+def _square(addresses, starts, low, high, like, out):
+    for piece in range(low, high):
+        size = starts[piece + 1] - starts[piece]
+        weights = carray(_pointer(addresses[piece], like), size)
+        squares = 0.0
+        for at in range(0, size, CHUNK):
+            part = like.dtype.type(0.0)
+            for value in weights[at : min(size, at + CHUNK)]:
+                part += value * value
             squares += part
         out[piece] = squares
 
@@ -109,16 +118,37 @@ def update_affine(
     number = means.dtype.type
     constants = (_pair_gains(numbers(gain, mean)), number(blend), number(decay))
     squares = np.empty(addresses.size)
-    # Short shares, taken as threads get free: after an optimizer's step PyTorch's own threads keep
-    # a processor busy for some milliseconds.
-    count = max(1, weights.numel // _SHARE)
-    bounds = [0, addresses.size]
-    if count > 1:
-        bounds = np.searchsorted(starts[:-1], np.linspace(0, weights.numel, count + 1)).tolist()
 
     def run(share: tuple[int, int]) -> None:
         _update(addresses, starts, *share, *state, *constants, squares)
 
-    in_threads(run, list(pairwise(bounds)), weights.numel)
+    in_threads(run, _piece_shares(starts), weights.numel)
     # One exact sum over pieces: it does not depend on which thread took which.
     return torch.tensor(fsum(squares), dtype=torch.float64)
+
+
+def sum_of_squares(weights: FlatView) -> float:
+    """See :meth:`FlatView.sum_of_squares`; all weights contiguous in the view's dtype."""
+    addresses, starts = weights.addresses()
+    like = torch.empty(0, dtype=weights.dtype).numpy()
+    squares = np.empty(addresses.size)
+
+    def run(share: tuple[int, int]) -> None:
+        _square(addresses, starts, *share, like, squares)
+
+    in_threads(run, _piece_shares(starts), weights.numel)
+    return float(squares.sum())  # not fsum, which raises where infinities meet
+
+
+def _piece_shares(starts: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
+    """Return which pieces, from and to, a thread takes at a time.
+
+    Short shares, taken as threads get free: after an optimizer's step PyTorch's own threads keep a
+    processor busy for some milliseconds.
+    """
+    pieces, numel = starts.size - 1, int(starts[-1])
+    count = max(1, numel // _SHARE)
+    if count == 1:
+        return [(0, pieces)]
+    bounds = np.searchsorted(starts[:-1], np.linspace(0, numel, count + 1)).tolist()
+    return list(pairwise(bounds))

@@ -30,7 +30,6 @@ def update_block(weights, where, at, ok, mode, slope, mean, total, constants):
     w = tl.load(weights + where, ok, 0.0).to(b.dtype)
     e = w - b
     square = e * e
-    e = tl.where(square < float("inf"), e, 0.0)
     b += e * blend
     s = tl.load(slope + at, ok, 0.0) * decay + e * tl.load(constants + TABLE + m)
     tl.store(mean + at, b, ok)

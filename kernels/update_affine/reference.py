@@ -19,10 +19,12 @@ def update_affine(
     total: Tensor | None = None,
 ) -> Tensor:
     """See :func:`cmd_plugin.kernels.update_affine`; ``weights`` [N] is a plain vector here."""
-    innovation = weights.to(mean.dtype) - mean
+    weights = weights.to(mean.dtype)
+    limit = 2.0**-20 * torch.finfo(mean.dtype).max
+    if not bool(weights.double().square().sum() <= limit):  # the snapshot is not taken in
+        return torch.full((), float("nan"), dtype=torch.float64, device=mean.device)
+    innovation = weights - mean
     squares = innovation.double().square().sum()
-    if not bool(innovation.square().isfinite().all()):  # the snapshot is not taken in
-        return torch.full_like(squares, float("nan"))
     mean += blend * innovation
     slope *= decay
     slope += gain.to(mean.dtype)[mode.long()] * innovation

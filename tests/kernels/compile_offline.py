@@ -3,7 +3,8 @@
 The public functions run as they do on a GPU; only the launch itself is replaced, by Triton's
 compiler for compute capability 80 and 90. So what is compiled is what is shipped: signatures,
 constants and options are those of the launches. One line a variant: capability, kernel, function,
-bytes of shared memory.
+bytes of shared memory. And one line, "race", for every load and store of the compiled code that may
+overtake one another (see :mod:`races`); a kernel that is known for it shows that this is seen.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
+from races import find_races
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -71,7 +74,10 @@ def compile_instead(self: Any, *arguments: Any, **keywords: Any) -> None:
         shared = done.metadata.shared
         assert done.asm["cubin"], key
         assert shared <= SHARED, f"{shared} bytes of shared memory: {key}"
-        print(f"sm{capability}", self.__module__.split(".")[2], self.__name__, shared)  # noqa: T201
+        where = f"sm{capability}", self.__module__.split(".")[-2:][0], self.__name__
+        print(*where, shared)  # noqa: T201
+        for race in find_races(done.asm["ttgir"]):
+            print("race", *where, race)  # noqa: T201
 
 
 def state(dtype: torch.dtype, numel: int = 3000) -> dict[str, torch.Tensor]:
@@ -126,9 +132,26 @@ def exercise_points(dtype: torch.dtype) -> None:
     kernels.curve_walk(table, start, 512, seed=2**40, backend="triton")
 
 
+@triton.jit
+def _racing(values, flags, sums, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    """Sum the flagged values and zero them: a warp may zero what another has yet to load."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(flags + at) != 0
+    part = tl.load(values + at, chosen, 0.0).to(tl.float64)
+    tl.store(values + at, tl.zeros([BLOCK], dtype=values.dtype.element_ty), chosen)
+    tl.store(sums + tl.program_id(0), tl.sum(part))
+
+
+def exercise_racing() -> None:
+    """Compile a kernel with the fault that :func:`find_races` is there to find."""
+    values, sums = torch.zeros(2048), torch.zeros(2, dtype=torch.float64)
+    _racing[(2,)](values, torch.zeros(2048, dtype=torch.uint8), sums, BLOCK=1024, num_warps=4)
+
+
 def main() -> None:
     """Compile everything."""
     JITFunction.run = compile_instead
+    exercise_racing()
     _dispatch.interpreting = lambda: True  # CPU tensors may go to Triton
     _dispatch._automatic = lambda *_: "triton"
     for dtype, shrink in product(WEIGHTS, (False, True)):

@@ -19,13 +19,13 @@ from torch import Tensor
 
 def _load_helpers() -> None:
     # With --import-mode=importlib a test folder is not on the path.
-    path = Path(__file__).parent / "kernel_toys.py"
-    spec = importlib.util.spec_from_file_location("kernel_toys", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_toys"] = module
-    spec.loader.exec_module(module)
+    for name in ("kernel_toys", "races"):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
 
 
 _load_helpers()

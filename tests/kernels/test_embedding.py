@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -118,6 +120,33 @@ def test_fold_half_precision_gradients(dtype: torch.dtype) -> None:
     half = gradient.to(dtype)
     expected = fold_gradients(half.float(), embedded, mode, scale, 4)
     assert torch.equal(fold_gradients(half, embedded, mode, scale, 4), expected)
+
+
+@pytest.mark.parametrize("dtype", STATES, ids=str)
+def test_fold_adds_up_what_a_program_finds_in_several_blocks(
+    dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "triton":  # 7 blocks of 1024 in 2 programs: as 7 million weights in 1024 of them
+        module = importlib.import_module("cmd_plugin.kernels.fold_gradients._triton")
+        monkeypatch.setattr(module, "_PROGRAMS", 2)
+    numel = 6 * 1024 + 11
+    gradient, embedded, mode, scale, *_ = state(numel, 5, dtype)
+    other, before = gradient.clone(), gradient.clone()
+    expected = fold_reference.fold_gradients(other, embedded, mode, scale, 5)
+    sums = fold_gradients(gradient, embedded, mode, scale, 5)
+    reach = float((scale * before).double().abs().sum())
+    assert ((sums - expected).abs() <= numel * 2.0**-53 * reach).all()
+    assert torch.equal(gradient, other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
+def test_fold_leaves_the_bits_of_other_gradients(value: float) -> None:
+    gradient, embedded, mode, scale, *_ = state(500, 4, torch.float32)
+    gradient[~embedded] = value
+    before = gradient.clone()
+    fold_gradients(gradient, embedded, mode, scale, 4)
+    assert torch.equal(gradient[~embedded].view(torch.int32), before[~embedded].view(torch.int32))
+    assert not gradient[embedded].any()
 
 
 def test_fold_ignores_what_is_not_embedded() -> None:

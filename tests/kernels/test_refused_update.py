@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.kernels import FlatView, update_affine
-from cmd_plugin.kernels.update_affine import reference
-from cmd_plugin.kernels.update_affine._revert import CHECKED_FIRST
+from cmd_plugin.kernels.flat_view import _sum_of_squares
+from cmd_plugin.kernels.update_affine import accepts, reference
 
-SMALL, LARGE = 1001, CHECKED_FIRST + 1001
-UNIT = 2.0**-24
+SMALL, LARGE = 1001, (1 << 16) + 1001
+LIMIT = (torch.finfo(torch.float32).max * 2.0**-20) ** 0.5  # the norm of what is taken in
 
 
 def state(numel: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -28,19 +28,32 @@ def state(numel: int) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.randn(3, generator=generator, dtype=torch.float64), arrays
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("numel", [SMALL, LARGE])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *((value,) * 3 for value in (math.nan, math.inf, -math.inf, 1e30, 1.5e19, 3e38)),
+        (math.nan, math.inf, 1e30),
+        (1e30, -1e30, 1e35),
+        (1e15, 1e15, math.nan),
+    ],
+)
+@pytest.mark.parametrize("decay", [1.0, 0.9])
 @pytest.mark.paths("torch", "numba", "triton")
-def test_short_vectors_keep_every_bit(path: str, bad: float) -> None:
-    gain, arrays = state(SMALL)
-    weights = torch.randn(SMALL)
-    weights[500] = bad
+def test_what_is_refused_leaves_every_bit(
+    path: str, decay: float, bad: tuple[float, ...], numel: int
+) -> None:
+    gain, arrays = state(numel)
+    weights = torch.randn(numel, generator=torch.Generator().manual_seed(1))
+    weights[[0, 777, numel - 1]] = torch.tensor(bad)
     before = {name: array.clone() for name, array in arrays.items()}
     squares = update_affine(
         FlatView([weights[:300], weights[300:]]),
         *(arrays[name] for name in ("mode", "slope", "mean")),
         gain,
         0.25,
-        total=arrays["total"],
+        decay,
+        arrays["total"],
         backend=path,  # type: ignore[arg-type]
     )
     assert not math.isfinite(squares)
@@ -48,47 +61,31 @@ def test_short_vectors_keep_every_bit(path: str, bad: float) -> None:
         assert torch.equal(array, before[name]), name
 
 
-@pytest.mark.parametrize(
-    ("numel", "bad"),
-    [(LARGE, (math.nan, math.inf, 1e30)), (LARGE, (1e30,) * 3), (SMALL, (1e30, -1e30, 1e35))],
-    ids=["not finite", "overflow", "overflow of a few"],
-)
-@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("numel", [SMALL, LARGE])
 @pytest.mark.paths("torch", "numba", "triton")
-def test_what_is_found_on_the_way_is_taken_back(
-    path: str, decay: float, numel: int, bad: tuple[float, ...]
-) -> None:
-    gain, arrays = state(numel)
-    weights = torch.randn(numel, generator=torch.Generator().manual_seed(1))
-    where = [0, 777, numel - 1]
-    weights[where] = torch.tensor(bad)
-    before = {name: array.clone() for name, array in arrays.items()}
-    blend = 0.25
-    squares = update_affine(
-        FlatView([weights]),
-        *(arrays[name] for name in ("mode", "slope", "mean")),
-        gain,
-        blend,
-        decay,
-        arrays["total"],
-        backend=path,  # type: ignore[arg-type]
-    )
-    assert not math.isfinite(squares)
-    assert torch.equal(arrays["mode"], before["mode"])
-    finite = weights.clone()
-    finite[where] = 0.0
-    # A handful of roundings each way, of numbers as large as the operands, over 1 - blend.
-    step = 16 * UNIT / (1 - blend) * (finite.abs() + before["mean"].abs())
-    innovation = finite.abs() + before["mean"].abs()
-    largest = float(gain.abs().max())
-    bounds = {
-        "mean": step,
-        "slope": step * largest + 16 * UNIT * (before["slope"].abs() + innovation * largest),
-        "total": 4 * step * innovation + 16 * UNIT * (before["total"] + innovation.square()),
-    }
-    for name, bound in bounds.items():
-        error = (arrays[name] - before[name]).abs()
-        assert bool((error <= bound / decay).all()), name
+def test_the_norm_decides_what_is_too_large(path: str, numel: int) -> None:
+    for share, taken in ((0.999, True), (1.001, False)):
+        every = torch.full((numel,), share * LIMIT / numel**0.5)
+        one = torch.zeros(numel)
+        one[-5] = share * LIMIT
+        for weights in (every, one):
+            assert accepts([weights], backend=path) == taken  # type: ignore[arg-type]
+            gain, arrays = state(numel)
+            squares = update_affine([weights], **arrays, gain=gain, blend=0.5, backend=path)  # type: ignore[arg-type]
+            assert bool(squares.isfinite()) == taken
+            assert all(bool(array.isfinite().all()) for array in arrays.values())
+
+
+def test_squares_in_any_precision_and_place() -> None:
+    values = torch.randn(3, 5, dtype=torch.float64)
+    expected = float(values.square().sum()) + 4.0
+    for dtype, precision in ((torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+        parts = [values.to(dtype).T, torch.full((4,), -1.0, dtype=dtype)]
+        assert FlatView(parts).sum_of_squares() == pytest.approx(expected, rel=precision)
+        assert _sum_of_squares(parts) == pytest.approx(expected, rel=precision)  # as on a GPU
+    half = torch.full((2,), 300.0, dtype=torch.float16)
+    assert _sum_of_squares([half]) == pytest.approx(180000.0)  # more than a float16 holds
+    assert not math.isfinite(_sum_of_squares([torch.tensor([1.0, math.nan])]))
 
 
 def test_the_specification_takes_nothing_in() -> None:
