@@ -74,7 +74,9 @@ def run(job: Job, options: TrainOptions) -> Result:
         rows = {kind: place.rows() for kind, place in files.items()}
         correlation = files["online"].correlation()
         figure = draw_report(rows, decomposition, correlation, options, about, metrics)
-        save_figure(figure, job.folder.path("report.png"), options.as_dict())
+        shown = [{"seed": one["seed"], "accuracy": one["accuracy"]} for one in found["online"]]
+        about_picture = {"options": options.as_dict(), "seeds": shown}
+        save_figure(figure, job.folder.path("report.png"), about_picture)
         return job.finish(metrics=metrics, data=about, seconds=seconds)
 
 
