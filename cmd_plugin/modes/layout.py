@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +150,8 @@ class Layout:
         data = json.loads(text)
         if not isinstance(data, dict):
             raise ValueError("a layout is a JSON object")
-        names, shapes, dtypes, aliases = (
-            data.get(key) for key in ("names", "shapes", "dtypes", "aliases")
-        )
+        parts: list[Any] = [data.get(key) for key in ("names", "shapes", "dtypes", "aliases")]
+        names, shapes, dtypes, aliases = parts
         sound = (
             _is_list(names, str)
             and len(set(names)) == len(names) > 0
