@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import frexp, isfinite, ldexp
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from cmd_plugin.networks.weights import read_weights
 __all__ = ["decompose"]
 
 StateDict = Mapping[str, Tensor]
+
+_RANGE = 40  # weights up to 2^40 that move by 2^-40 and more are taken as they are
 
 
 def decompose(
@@ -95,13 +98,17 @@ def decompose(
         )
         chosen, rows, data, base = store.samples, store.rows, store.trajectory, store.base
 
+    factor = _factor(rows, data, base)
+    if factor != 1.0:
+        rows, base = rows * factor, None if base is None else base.mul_(factor)
+        data = data * factor if isinstance(trajectory, Tensor) else data.mul_(factor)
     dtype = data.dtype if base is None else base.dtype
     # Without the clustering's own matrix, which would sit on top of the fit's peak.
     choice = replace(choose_modes(rows, chosen, modes, profile, dtype), correlation=None)
     if 0 < choice.references.numel() < modes:
         _require_moving(choice.references.numel(), rows, modes, dtype)
     if not choice.modes:
-        return _still(layout, chosen, data, base, epochs, unmodelled)
+        return _divided(_still(layout, chosen, data, base, epochs, unmodelled), factor)
 
     profiles = choice.profile(rows_of(choice.members, chosen, rows))
     fit = fit_modes(data, base, choice, profiles)
@@ -115,7 +122,7 @@ def decompose(
         # rho^2 scale is the model's movement at a profile one unit from its mean.
         still, unit = torch.zeros_like(scale), torch.ones_like(squares)
         scale = reconstruct(fit.mode, scale, still, unit, total=fit.total, energy=squares)
-    return Decomposition(
+    result = Decomposition(
         layout=layout,
         samples=chosen,
         references=choice.references,
@@ -131,6 +138,7 @@ def decompose(
         epochs=epochs if epochs is not None else range(profiles.shape[1]),
         unmodelled=unmodelled,
     )
+    return _divided(result, factor)
 
 
 def rows_of(members: Tensor, samples: Tensor, rows: Tensor) -> Tensor:
@@ -150,6 +158,49 @@ def _check_tensor(trajectory: Tensor) -> Layout:
     for t, snapshot in enumerate(trajectory.detach()):
         _require_finite(FlatView([snapshot]), layout, f"snapshot {t} of the trajectory")
     return layout
+
+
+def _factor(rows: Tensor, data: Tensor, base: Tensor | None) -> float:
+    """Return the power of two that brings weights to where a float32 holds their squares.
+
+    1.0 nearly always. Without it weights of 1e30 would be fitted by infinities, and those of 1e-30
+    would stand still.
+
+    Raises:
+        NonFiniteError: If differences to the first snapshot overflowed.
+    """
+    arrays = [data] if base is None else [data, base]
+    largest = max(abs(float(end)) for array in arrays for end in array.aminmax())
+    if not isfinite(largest):
+        raise NonFiniteError(
+            "two snapshots lie so far apart that their difference is infinite: use storage='fp32', "
+            "or decompose the epochs before the training diverged."
+        )
+    moved = float((rows - rows[:, :1]).abs().max())
+    if largest > 2.0**_RANGE:
+        return ldexp(1.0, _RANGE - frexp(largest)[1])
+    if 0.0 < moved < 2.0**-_RANGE:
+        room = 1000 if arrays[-1].dtype == torch.float64 else 100  # the last is the base, if any
+        return ldexp(1.0, min(-frexp(moved)[1], room, room - frexp(largest)[1]))
+    return 1.0
+
+
+def _divided(result: Decomposition, factor: float) -> Decomposition:
+    """Return the decomposition of weights that had been multiplied by a power of two."""
+    if factor == 1.0:
+        return result
+    once, layers = 1.0 / factor, (result.layer_total, result.layer_explained)
+    total, explained = (None if sums is None else sums * once * once for sums in layers)
+    return replace(
+        result,
+        mean=result.mean * once,
+        profiles=result.profiles * once,
+        profile_mean=result.profile_mean * once,
+        total=result.total * once * once,
+        explained=result.explained * once * once,
+        layer_total=total,
+        layer_explained=explained,
+    )
 
 
 def _require_three(count: int) -> None:
