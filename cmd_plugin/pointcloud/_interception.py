@@ -7,19 +7,27 @@ numbers, hooks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.networks.measuring import undisturbed
 from cmd_plugin.pointcloud._pools import Pool, Watch, first_tensor
+from cmd_plugin.pointcloud._probes import Kinds, few_places, verdict
 
 __all__ = [
     "Forward",
     "as_it_is",
+    "as_points",
+    "call_network",
     "channels_first",
     "choose_pool",
+    "class_scores",
+    "final_pools",
     "inner_module",
     "intercept",
     "layer_features",
@@ -51,6 +59,49 @@ def inner_module(model: nn.Module) -> nn.Module:
             return model
 
 
+def call_network(forward: Forward, model: nn.Module, points: Tensor) -> Any:
+    """Call the network as ``forward`` says.
+
+    Raises:
+        ShapeError: If ``forward`` is the default, the network fails on [B, N, C], and would not
+            on [B, C, N].
+    """
+    try:
+        return forward(model, points)
+    except (RuntimeError, ValueError) as error:
+        if forward is as_it_is and not isinstance(error, InputError) and _turns(model, points):
+            raise ShapeError(
+                f"this network takes [B, C, N], and fails on points {tuple(points.shape)} as they "
+                "are: pass forward=channels_first (of cmd_plugin.pointcloud) with [B, N, C] points."
+            ) from error
+        raise
+
+
+def _turns(model: nn.Module, points: Tensor) -> bool:
+    try:
+        channels_first(model, points)
+    except Exception:  # whatever a network raises, then that is not it
+        return False
+    return True
+
+
+def as_points(model: nn.Module, points: Tensor | np.ndarray) -> Tensor:
+    """Clouds as a tensor the network can take: of an array, and of float64 for a float32 network.
+
+    Args:
+        model: Its first floating parameter says where arrays go, and what float64 becomes.
+        points: [B, N, C]; tensors of any other dtype, and on any device, are left as they are.
+    """
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if isinstance(points, np.ndarray):
+        points = torch.from_numpy(np.ascontiguousarray(points))
+        if weight is not None:
+            points = points.to(weight.device)
+    if points.dtype == torch.float64 and weight is not None:
+        points = points.to(weight.dtype)
+    return points
+
+
 def scores_of(output: Any) -> Tensor:
     """The class scores in what a network returned: its first tensor.
 
@@ -65,6 +116,29 @@ def scores_of(output: Any) -> Tensor:
     return value
 
 
+def class_scores(output: Any, clouds: int) -> Tensor:
+    """The scores [B, classes] in what a network returned for B clouds.
+
+    Args:
+        output: What it returned; a squeezed [classes] of a single cloud is taken as well.
+        clouds: Number of clouds B.
+
+    Raises:
+        InputError: If it returned no tensor.
+        ShapeError: If there is not one row of scores for each cloud.
+    """
+    scores = scores_of(output)
+    if clouds == 1 and scores.ndim == 1:
+        scores = scores.unsqueeze(0)
+    if scores.ndim != 2 or len(scores) != clouds:
+        raise ShapeError(
+            f"for {clouds} clouds the network returned {tuple(scores.shape)}, not one row of class "
+            "scores for each: pass forward= that returns [B, classes] (a segmentation network has "
+            "no answer for a whole cloud)."
+        )
+    return scores
+
+
 def intercept(
     model: nn.Module,
     points: Tensor,
@@ -74,7 +148,10 @@ def intercept(
     layer: str | nn.Module | None = None,
     pool: int | None = None,
 ) -> tuple[Any, Watch, Tensor | None]:
-    """Run the network once, in evaluation mode and without gradients, and watch it.
+    """Run the network, in evaluation mode and without gradients, and watch it.
+
+    One pass is enough unless sizes coincide, such as those of channels and points: then a second
+    pass tells which reductions are none over the points, and a third leaves them out.
 
     Args:
         model: Any network. It is left exactly as it was: no hook stays, and modes of its modules,
@@ -90,11 +167,35 @@ def intercept(
 
     Raises:
         InputError: If there is no such layer, or it was not called.
+        ShapeError: If the network takes [B, C, N].
     """
     model = inner_module(model)
+    output, watch, hooked = _watched(model, points, forward, mask, layer)
+    false = _false_pools(model, points, forward, watch)
+    watch.pools = [found for found in watch.pools if found.call not in false]
+    wanted = watch.pools[pool : pool + 1] if pool is not None and pool >= 0 else []
+    # Features are let go at what follows: a false pool, or a true one where an earlier is wanted.
+    if any(p.features is None for p in wanted or (final_pools(watch.pools) if false else ())):
+        settled = {found.call: found.doubtful for found in watch.pools}
+        keep = wanted[0].call if wanted else None
+        output, watch, hooked = _watched(model, points, forward, mask, layer, keep, false)
+        for found in watch.pools:
+            found.doubtful = settled[found.call]
+    return output, watch, hooked
+
+
+def _watched(
+    model: nn.Module,
+    points: Tensor,
+    forward: Forward,
+    mask: Tensor | None,
+    layer: str | nn.Module | None,
+    keep: int | None = None,
+    skip: frozenset[int] = frozenset(),
+) -> tuple[Any, Watch, Tensor | None]:
     kept: list[Tensor] = []
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
+    def keep_output(_: nn.Module, __: Any, output: Any) -> None:
         value = first_tensor(output)
         if value is not None:
             kept[:] = [value.detach()]  # the last call counts
@@ -104,16 +205,50 @@ def intercept(
     # because a small network feels them and those of normalisations stay in evaluation mode.
     surroundings = undisturbed(model, buffers=False, eager=True, device=points.device)
     for clone in (False, True):
-        watch = Watch(points, mask, pool, clone=clone)
+        watch = Watch(points, mask, keep, skip=skip, clone=clone)
         with surroundings, watch:
             if hooked is not None:
-                surroundings.hooks.append(hooked.register_forward_hook(keep))
-            output = forward(model, points)
+                surroundings.hooks.append(hooked.register_forward_hook(keep_output))
+            output = call_network(forward, model, points)
         if not watch.overwritten:
             break
     if layer is not None and not kept:
         raise InputError(f"layer {layer!r} returned no tensor in this forward pass.")
     return output, watch, kept[0] if kept else None
+
+
+def _false_pools(
+    model: nn.Module, points: Tensor, forward: Forward, watch: Watch
+) -> frozenset[int]:
+    """Call numbers of what was listed because sizes coincide; the others are doubtful no more."""
+    samplings = {tokens.shape[1] for tokens in watch.coordinates} - {watch.points}
+    for found in watch.pools:
+        found.doubtful = found.doubtful or found.shape[1] in samplings
+    doubtful = [found for found in watch.pools if found.doubtful]
+    if not any(found.doubtful for found in final_pools(watch.pools)):
+        # The choice does not hang on them: norms, distances and attention abound.
+        return frozenset(found.call for found in doubtful if not found.is_max)
+    two = _kinds(model, points, forward, doubtful, 2)
+    tied = [found for found in doubtful if len({*two.get(found.call, (0, 1))}) == 1]
+    five = _kinds(model, points, forward, tied, 5) if tied else {}
+    verdicts = {
+        found.call: verdict(two.get(found.call), five.get(found.call)) for found in doubtful
+    }
+    for found in doubtful:
+        found.doubtful = verdicts[found.call] is None
+    return frozenset(call for call, is_pool in verdicts.items() if is_pool is False)
+
+
+def _kinds(
+    model: nn.Module, points: Tensor, forward: Forward, pools: list[Pool], places: int
+) -> dict[int, tuple[int, int]]:
+    kinds = Kinds(pools)
+    surroundings = undisturbed(model, buffers=False, eager=True, device=points.device)
+    # A network may fail on such clouds. What was seen until then counts, and the rest stays
+    # doubtful, which is an error where it matters.
+    with suppress(ArithmeticError, LookupError, RuntimeError, ValueError), surroundings, kinds:
+        forward(model, few_places(points, places))
+    return kinds.seen
 
 
 def _find(model: nn.Module, layer: str | nn.Module) -> nn.Module:
@@ -145,14 +280,26 @@ def choose_pool(pools: list[Pool], wanted: int | None) -> Pool | None:
         return pools[wanted]
     if not pools:
         return None
-    maxima = [pool for pool in pools if pool.is_max and pool.group == pools[-1].group]
-    if not maxima:
-        return pools[-1]
-    if not all(_same_tensor(pool, maxima[0]) for pool in maxima[1:]):
+    final = final_pools(pools)
+    if not all(_same_tensor(pool, final[0]) for pool in final[1:]):
         raise InputError(
-            f"several pools feed the head, choose one by pool=NUMBER: {listed(pools)}."
+            f"several pools may feed the head, choose one by pool=NUMBER: {listed(pools)}. The "
+            "last one is nearest to the head."
         )
-    return maxima[0]
+    if final[0].doubtful:
+        _, channels, tokens = final[0].shape
+        raise InputError(
+            f"of a tensor of {channels} by {tokens} it cannot be told which axis holds the points: "
+            "pass clouds with another number of points, or the pool to take by pool=NUMBER: "
+            f"{listed(pools)}."
+        )
+    return final[0]
+
+
+def final_pools(pools: list[Pool]) -> list[Pool]:
+    """Those that may be the global one: the maxima of the last group, else its last reduction."""
+    maxima = [pool for pool in pools if pool.is_max and pool.group == pools[-1].group]
+    return maxima or pools[-1:]
 
 
 def _same_tensor(one: Pool, other: Pool) -> bool:

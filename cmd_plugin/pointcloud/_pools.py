@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Pool", "Tap", "Watch", "first_tensor"]
+__all__ = ["POOLS", "Pool", "Tap", "Watch", "first_tensor", "reduced_view"]
 
 _MAXIMA = frozenset(
     {
@@ -42,11 +42,17 @@ _OTHERS = frozenset(
     }
 )
 _SCATTERS = frozenset({"scatter_reduce", "scatter_reduce_"})
-_POOLS = _MAXIMA | _OTHERS | _SCATTERS
+POOLS = _MAXIMA | _OTHERS | _SCATTERS
 _FEWEST = 8  # tokens: sums over coordinates, colours and normals are no pools
 _LAYERS = frozenset({"addmm", "bmm", "conv1d", "conv2d", "einsum", "linear", "matmul", "mm"})
 _RECTIFIERS = frozenset({"relu", "relu6", "relu_"})
-_KNOWN = _POOLS | _LAYERS | _RECTIFIERS
+# May bring rows into another order. Only results that have a row for each point matter.
+_MOVERS = frozenset(
+    {"__getitem__", "embedding", "flip", "gather", "index_select", "roll", "take_along_dim"}
+)
+# May be pools, but written so that the tensor that enters them cannot be told.
+_UNREAD = frozenset({"aminmax", "cummax", "index_reduce", "msort", "segment_reduce", "sort"})
+_KNOWN = POOLS | _LAYERS | _RECTIFIERS
 
 
 @dataclass
@@ -63,6 +69,8 @@ class Pool:
         features: [B, F, M], a view of what enters it; dropped when a later group is found.
         version: Of the tensor, to notice if it is changed in place after the pool.
         rectified: Whether a ReLU made it, so that nothing in it is negative; False says nothing.
+        doubtful: Whether sizes alone do not tell the tokens from the channels.
+        squeezed: Whether the axis of the clouds was missing: a single cloud without it.
     """
 
     call: int
@@ -74,6 +82,8 @@ class Pool:
     features: Tensor | None
     version: int
     rectified: bool = False
+    doubtful: bool = False
+    squeezed: bool = False
 
     def __str__(self) -> str:
         _, channels, tokens = self.shape
@@ -104,7 +114,7 @@ class Tap(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call the function; remember the argument of the wanted pool."""
-        if getattr(func, "__name__", "") in _POOLS:
+        if getattr(func, "__name__", "") in POOLS:
             if self.calls == self.wanted:
                 self.entered = args[0]
             self.calls += 1
@@ -119,11 +129,21 @@ class Watch(TorchFunctionMode):
     head of linear layers follows before the next pool, which starts a new group. What comes before
     the first layer (centring, scaling of the input) does not count.
 
+    Sizes may not tell what an axis holds: such pools are listed as doubtful, and a second pass
+    settles them (:mod:`cmd_plugin.pointcloud._probes`), after which ``skip`` names the false ones.
+
     Args:
         cloud: [B, N, C] points of the clouds.
         mask: [B, N] bool; a forward pass may work on the real points only, joined in one axis.
-        keep: Position in the list of a pool whose features are kept in any group.
+        keep: Call number of a pool whose features are kept in any group.
+        skip: Call numbers of what is known to be no pool over the points.
         clone: Keep copies, for networks that overwrite the pooled tensor later.
+
+    Attributes:
+        pools: All reductions over the points, in their order.
+        coordinates: [B, M, 3] each: points of the clouds that may be positions of tokens.
+        reordered: Whether rows of points may have been brought into another order.
+        unread: Names of functions called that may pool, and cannot be followed.
     """
 
     def __init__(
@@ -132,15 +152,18 @@ class Watch(TorchFunctionMode):
         mask: Tensor | None = None,
         keep: int | None = None,
         *,
+        skip: frozenset[int] = frozenset(),
         clone: bool = False,
     ) -> None:
         super().__init__()
         self.batch, self.points, self.mask = cloud.shape[0], cloud.shape[1], mask
         self._cloud = cloud
         self._places: Tensor | None = None
-        self.keep, self.clone = keep, clone
+        self.keep, self.skip, self.clone = keep, skip, clone
         self.pools: list[Pool] = []
         self.coordinates: list[Tensor] = []
+        self.reordered = False
+        self.unread: dict[str, None] = {}
         self._calls = 0
         self._layer_seen = self._head_seen = False
         self._rows = self.batch * self.points if mask is None else int(mask.sum())
@@ -156,11 +179,13 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         rectified, self._rectified = self._rectified, None
         if name not in _KNOWN:
-            if isinstance(result, Tensor) and result.ndim == 3 and result.shape[2] == 3:
+            if isinstance(result, Tensor) and result.ndim == 3 and 3 in result.shape[1:]:
                 self._keep_coordinates(result)
+            if name in _MOVERS or name in _UNREAD:
+                self._note_order(name, args, result)
         elif name in _RECTIFIERS:
             self._rectified, self._version = result, getattr(result, "_version", 0)
-        elif name in _POOLS:
+        elif name in POOLS:
             self._consider(name, args, kwargs or {}, result, rectified)
             self._calls += 1
         else:
@@ -176,6 +201,8 @@ class Watch(TorchFunctionMode):
         if not isinstance(x, Tensor):
             return False
         shape = x.shape
+        if len(shape) == 1:  # a network that squeezes single clouds
+            return self.batch == 1
         if len(shape) == 3:  # nearly all calls
             return shape[0] == self.batch and (shape[1] <= 1 or shape[2] <= 1)
         if len(shape) < 2 or shape[0] != self.batch:
@@ -183,20 +210,43 @@ class Watch(TorchFunctionMode):
         return sum(size > 1 for size in shape[1:]) <= 1
 
     def _keep_coordinates(self, x: Tensor) -> None:
-        # Positions of sampled tokens, for the way back from tokens to points. Loops that measure
-        # distances make hundreds of this shape; only in these the first row is a point.
+        # Positions of tokens, for the way back from tokens to points. Loops that measure distances
+        # make hundreds of this shape; only in these the first row is a point.
+        if x.shape[2] != 3:
+            x = x.transpose(1, 2)
         batch, rows, _ = x.shape
-        fits = batch == self.batch and 1 < rows < self.points
-        if fits and x.dtype == self._cloud.dtype:
-            if self._places is None:
-                self._places = self._cloud[0, :, :3]
-            x = x.detach()
-            if bool((self._places == x[0, 0]).all(dim=1).any()):
-                self.coordinates.append(x)
+        if batch != self.batch or not 1 < rows <= self.points or x.dtype != self._cloud.dtype:
+            return
+        x = x.detach()
+        if rows == self.points and x.data_ptr() == self._cloud.data_ptr():
+            return  # a view of the clouds
+        if self._places is None:
+            self._places = self._cloud[0, :, :3]
+        if not bool((self._places == x[0, 0]).all(dim=1).any()):
+            return
+        if rows < self.points:
+            self.coordinates.append(x)
+        elif not x.equal(self._cloud[..., :3]):
+            self.coordinates.append(x)
+            self.reordered = True
+
+    def _note_order(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """Note that rows of points may have moved, which sizes do not show."""
+        out = first_tensor(result)
+        if out is None or not args or not isinstance(args[0], Tensor):
+            return
+        if name in _UNREAD:
+            if self._layer_seen and {self.points, self._rows}.intersection(args[0].shape):
+                self.unread[name] = None
+        elif name == "__getitem__" and not _indexes_by_tensor(args[1]):
+            return
+        sizes = [size for size in out.shape if size > 1]
+        if len(sizes) < 4 and (self.points in sizes or self._rows in sizes):
+            self.reordered = self.reordered or name in _MOVERS or out.shape == args[0].shape
 
     def _forget(self) -> None:
-        for number, pool in enumerate(self.pools):
-            if number != self.keep:
+        for pool in self.pools:
+            if pool.call != self.keep:
                 pool.features = None
 
     def _consider(
@@ -204,6 +254,8 @@ class Watch(TorchFunctionMode):
     ) -> None:
         out = first_tensor(result)
         if out is None or not self._layer_seen or not args or not isinstance(args[0], Tensor):
+            return
+        if self._calls in self.skip:
             return
         if name in _SCATTERS:
             found = self._scattered(args, kwargs, out)
@@ -222,8 +274,8 @@ class Watch(TorchFunctionMode):
             group = self.pools[-1].group
         self._head_seen = False
         if not is_max:  # means and sums abound (norms, attention): of these the last one counts
-            for number, pool in enumerate(self.pools):
-                if not pool.is_max and number != self.keep:
+            for pool in self.pools:
+                if not pool.is_max and pool.call != self.keep:
                     pool.features = None
         if self.clone:
             features = features.clone()
@@ -240,6 +292,9 @@ class Watch(TorchFunctionMode):
                 features,
                 version,
                 rectified is args[0] and args[0]._version == self._version,
+                # Channels may be points, tokens of another sampling, or the tokens themselves.
+                name not in _SCATTERS and channels in (1, self.points, tokens),
+                name not in _SCATTERS and args[0].ndim == 2,
             )
         )
 
@@ -255,26 +310,21 @@ class Watch(TorchFunctionMode):
         x = args[0]
         if not x.is_floating_point():
             return None
-        alone = x.ndim == 2 and self.batch == 1 and x.shape[0] == self.points
-        if not alone and (x.ndim < 3 or x.shape[0] != self.batch):
-            return None
         axis = _reduced_axis(x, out, args, kwargs)
-        if alone:
-            return (x.detach().T.unsqueeze(0), 0) if axis == 0 else None
-        if axis is None or axis == 0:
+        if axis is None:
             return None
-        others = [a for a in range(1, x.ndim) if a != axis and x.shape[a] > 1]
-        tokens = x.shape[axis]
-        if len(others) > 1 or tokens > self.points:
+        if self.batch == 1 and x.ndim == 2 and len(x) > 1 and self.points in x.shape:
+            seen = reduced_view(x.detach().unsqueeze(0), axis + 1)  # squeezed, or joined clouds
+        elif axis == 0 or x.ndim < 3 or x.shape[0] != self.batch:
             return None
-        channels = x.shape[others[0]] if others else 1
-        if tokens != self.points and (channels == self.points or tokens <= _FEWEST):
-            return None  # a reduction over the channels or coordinates of every point or token
-        x = x.detach()
-        if x.ndim == 3 and axis == 2:
-            return x, axis
-        order = [0, *others, axis, *(a for a in range(1, x.ndim) if a not in (*others, axis))]
-        return x.permute(order).reshape(self.batch, channels, tokens), axis
+        else:
+            seen = reduced_view(x.detach(), axis)
+        if seen is None:
+            return None
+        tokens = seen.shape[2]
+        if tokens > self.points or (tokens != self.points and tokens <= _FEWEST):
+            return None  # a reduction over more channels than points, or over coordinates
+        return seen, axis
 
     def _scattered(
         self, args: tuple[Any, ...], kwargs: Any, out: Tensor
@@ -291,6 +341,28 @@ class Watch(TorchFunctionMode):
         padded = source.new_zeros(self.batch, self.points, source.shape[1])
         padded[self.mask] = source
         return padded.transpose(1, 2), 0
+
+
+def _indexes_by_tensor(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, Tensor) for part in parts)
+
+
+def reduced_view(x: Tensor, axis: int) -> Tensor | None:
+    """[B, F, M] of a tensor that is reduced over ``axis``; None if it has more than two others.
+
+    Args:
+        x: Clouds in its first axis.
+        axis: The axis of the tokens, not 0.
+    """
+    if x.ndim == 3 and axis == 2:
+        return x
+    others = [a for a in range(1, x.ndim) if a != axis and x.shape[a] > 1]
+    if len(others) > 1:
+        return None
+    order = [0, *others, axis, *(a for a in range(1, x.ndim) if a not in (*others, axis))]
+    channels = x.shape[others[0]] if others else 1
+    return x.permute(order).reshape(len(x), channels, x.shape[axis])
 
 
 def _reduced_axis(x: Tensor, out: Tensor, args: tuple[Any, ...], kwargs: Any) -> int | None:

@@ -20,6 +20,7 @@ from cmd_plugin.kernels import point_importance as score_features
 from cmd_plugin.pointcloud._interception import (
     Forward,
     as_it_is,
+    as_points,
     choose_pool,
     inner_module,
     intercept,
@@ -28,11 +29,13 @@ from cmd_plugin.pointcloud._interception import (
     scores_of,
 )
 from cmd_plugin.pointcloud._pools import Pool, Tap, Watch
+from cmd_plugin.pointcloud._tokens import in_order, way_back
 from cmd_plugin.pointcloud.names import MEASURES, Measure
 
 __all__ = ["ImportanceHead", "PointImportance", "point_importance"]
 
 _FEW = 16  # channels
+_AXES, _WIDEST = 9, 16  # fewer points than that with more channels than this are channels first
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,14 @@ def point_importance(
 
     The network runs in evaluation mode, without gradients and uncompiled; afterwards it is as it
     was. If it samples M < N tokens, their coordinates are recognised among the tensors of the
-    forward pass, and each point gets the score of its nearest token.
+    forward pass, and each point gets the score of its nearest token; H stays the entropy over the M
+    tokens. Where sizes coincide (as many channels as points, as many tokens as points) further
+    passes on points in another order or place settle what is what; the rest costs one pass.
 
     Args:
         model: Any network, also compiled, data-parallel, or under autocast.
-        points: [B, N, C] floating; the first three channels are coordinates.
+        points: [B, N, C] floating, a tensor or an array; the first three channels are coordinates.
+            What is float64 is converted for a float32 network.
         measure: What ``scores`` shall be.
         norm: Order of the norm of FBI: 1 (published), 2 or inf.
         ties: What happens to a channel's win if several tokens share the maximum:
@@ -125,27 +131,37 @@ def point_importance(
 
     Raises:
         InputError: If no pool was found, several feed the head, the measure needs a maximum and the
-            pool is none, or the tokens cannot be placed.
-        ShapeError: If points, mask, tokens or the layer's output do not fit.
+            pool is none, or it cannot be told which token is which point.
+        ShapeError: If points, mask, tokens or the layer's output do not fit, or the network takes
+            [B, C, N] and ``forward`` does not say so.
         NonFiniteError: If points or features hold NaN or infinite values.
     """
     if measure not in MEASURES:
         raise InputError(f"unknown measure {measure!r}: choose one of {', '.join(MEASURES)}.")
+    points = as_points(model, points)
     _check_points(points, mask)
-    output, watch, hooked = intercept(
-        model, points, forward=forward, mask=mask, layer=layer, pool=pool
-    )
-    counting = measure != "fbi"
-    chosen = _chosen_pool(watch, pool, layer, counting)
-    if hooked is not None:
-        features = layer_features(hooked, len(points), points.shape[1], token_axis)
-        source = f"layer {layer if isinstance(layer, str) else type(layer).__name__}"
-        rectified = False
-    else:
+
+    def entering(clouds: Tensor) -> tuple[Any, Watch, Tensor, str, bool]:
+        output, watch, hooked = intercept(
+            model, clouds, forward=forward, mask=mask, layer=layer, pool=pool
+        )
+        chosen = _chosen_pool(watch, pool, layer, counting)
+        if hooked is not None:
+            name = layer if isinstance(layer, str) else type(layer).__name__
+            features = layer_features(hooked, len(clouds), clouds.shape[1], token_axis)
+            return output, watch, features, f"layer {name}", False
         assert chosen is not None  # or _chosen_pool had raised
         assert chosen.features is not None
-        features, source, rectified = chosen.features, str(chosen), chosen.rectified
-    way = _way_back(features.shape[2], points, mask, watch, tokens)
+        return output, watch, chosen.features, str(chosen), chosen.rectified
+
+    counting = measure != "fbi"
+    output, watch, features, source, rectified = entering(points)
+
+    def again(clouds: Tensor) -> tuple[Tensor, Watch]:
+        _, seen, entered, _, _ = entering(clouds)
+        return entered, seen
+
+    way = way_back(features, points, mask, watch, tokens, again)
     token_mask = mask if way is None else way.mask
     signed = not rectified and _signed(features, token_mask)
     scored = score_features(
@@ -190,6 +206,11 @@ def point_importance(
 
 
 def _check_points(points: Tensor, mask: Tensor | None) -> None:
+    if points.ndim == 3 and 3 <= points.shape[1] <= _AXES and points.shape[2] > _WIDEST:
+        raise ShapeError(
+            f"points look like [B, C, N], {tuple(points.shape)}: pass [B, N, C], and "
+            "forward=channels_first (of cmd_plugin.pointcloud) if the network takes [B, C, N]."
+        )
     if points.ndim != 3 or points.shape[2] < 3 or 0 in points.shape:
         raise ShapeError(f"points must be [B, N, C] with C at least 3, got {tuple(points.shape)}.")
     if not points.is_floating_point():
@@ -226,9 +247,11 @@ def _chosen_pool(
             "measure='fbi'" + ("." if chosen is not None else ", with layer=NAME.")
         )
     if chosen is None:
+        unread = f" (it calls {', '.join(watch.unread)}, which may be one)" if watch.unread else ""
         raise InputError(
-            "no global pool over the points was found (heads with attention or a class token have "
-            "none): name the layer that holds one vector for each point by layer=NAME."
+            f"no global pool over the points was found{unread}: heads with attention, a class "
+            "token or a pool by sorting have none that can be followed. For measure='fbi', name "
+            "the layer that holds one vector for each point by layer=NAME."
         )
     if chosen.features is None:
         raise InputError(
@@ -252,63 +275,6 @@ def _signed(features: Tensor, mask: Tensor | None) -> bool:
         features = features.masked_fill(~mask.unsqueeze(1), 0.0)
     # Where features can be negative, a few channels tell, and the rest need not be read.
     return any(bool(part.amin() < 0) for part in (features[:, :_FEW], features))
-
-
-@dataclass(frozen=True)
-class _Way:
-    """From M tokens back to N points.
-
-    Attributes:
-        index: [B, N] int64, the token nearest to each point.
-        mask: [B, M] bool or None, the tokens that stand at real points.
-        points_mask: [B, N] bool or None.
-    """
-
-    index: Tensor
-    mask: Tensor | None
-    points_mask: Tensor | None
-
-    def spread(self, x: Tensor) -> Tensor:
-        """[B, M] over tokens to [B, N] over points."""
-        result = x.gather(1, self.index)
-        return result if self.points_mask is None else result.masked_fill(~self.points_mask, 0)
-
-
-def _way_back(
-    count: int, points: Tensor, mask: Tensor | None, watch: Watch, tokens: Tensor | None
-) -> _Way | None:
-    """How tokens become points again; None if they are the points, in their order."""
-    if tokens is None and count == points.shape[1]:
-        return None
-    places = points[..., :3]
-    if tokens is None:
-        tokens = next(
-            (t for t in reversed(watch.coordinates) if t.shape[1] == count and _among(t, places)),
-            None,
-        )
-        if tokens is None:
-            raise InputError(
-                f"the network pools over {count} tokens for {points.shape[1]} points and their "
-                "coordinates were not recognised: pass them by tokens=, [B, M, 3]."
-            )
-    if tokens.shape != (len(points), count, 3):
-        raise ShapeError(f"tokens must be {(len(points), count, 3)}, got {tuple(tokens.shape)}.")
-    distance = _distances(places, tokens.to(places.dtype))
-    token_mask = None
-    if mask is not None:
-        token_mask = mask.gather(1, distance.argmin(dim=1))
-        distance = distance.masked_fill(~token_mask.unsqueeze(1), torch.inf)
-    return _Way(distance.argmin(dim=2), token_mask, mask)
-
-
-def _among(tokens: Tensor, places: Tensor) -> bool:
-    """Whether these are coordinates of points of the clouds."""
-    near = _distances(tokens.to(places.dtype), places).amin(dim=2)
-    return bool((near <= 1e-6 * (1.0 + places.abs().amax())).all())
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class ImportanceHead(nn.Module):
@@ -341,11 +307,26 @@ class ImportanceHead(nn.Module):
         super().__init__()
         self.model = inner_module(model)
         self.norm, self.call = norm, forward
+        example = as_points(self.model, example)
         _check_points(example, None)
-        _, watch, _ = intercept(self.model, example, forward=forward, pool=pool)
-        chosen = _chosen_pool(watch, pool, None, False)
-        assert chosen is not None  # or it raised
-        if chosen.shape[2] != example.shape[1] or chosen.axis == 0:
+
+        def entering(clouds: Tensor) -> tuple[Pool, Watch]:
+            _, watch, _ = intercept(self.model, clouds, forward=forward, pool=pool)
+            found = _chosen_pool(watch, pool, None, False)
+            assert found is not None  # or it raised
+            return found, watch
+
+        def again(clouds: Tensor) -> tuple[Tensor, Watch]:
+            found, watch = entering(clouds)
+            assert found.features is not None
+            return found.features, watch
+
+        chosen, watch = entering(example)
+        assert chosen.features is not None
+        moved = watch.reordered and chosen.shape[2] == example.shape[1]
+        if moved:
+            moved = not in_order(chosen.features, example, None, again)
+        if chosen.shape[2] != example.shape[1] or chosen.axis == 0 or moved:
             raise InputError(
                 f"the network pools by {chosen}, not over the {example.shape[1]} points in their "
                 "order: use point_importance, which brings tokens back to points."

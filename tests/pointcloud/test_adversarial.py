@@ -19,8 +19,7 @@ from cmd_plugin.pointcloud import (
     query_attack,
 )
 from cmd_plugin.pointcloud.adversarial import _margin, estimate_normals, perturbation_size
-
-from .foreign_networks import Linear3
+from tests.helpers.foreign_networks import Linear3
 
 
 def ellipsoids(count: int, seed: int) -> tuple[Tensor, Tensor]:

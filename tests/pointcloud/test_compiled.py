@@ -13,8 +13,7 @@ from cmd_plugin.pointcloud import (
     channels_first,
     point_importance,
 )
-
-from .foreign_networks import POOLS, FunctionalMax, Pooled
+from tests.helpers.foreign_networks import POOLS, FunctionalMax, Pooled
 
 
 def cloud(batch: int = 2, count: int = 40, seed: int = 0) -> Tensor:

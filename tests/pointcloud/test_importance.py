@@ -19,8 +19,7 @@ from cmd_plugin.pointcloud import (
     point_importance,
 )
 from cmd_plugin.pointcloud.networks import NETWORKS
-
-from .foreign_networks import (
+from tests.helpers.foreign_networks import (
     POOLS,
     AttentionHead,
     FunctionalMax,
@@ -242,8 +241,8 @@ def test_wrong_layers_are_refused_and_no_hook_stays() -> None:
         point_importance(network, cloud(2, 24), layer="b", forward=channels_first)
     right = point_importance(network, cloud(2, 24), layer="b", token_axis=2, forward=channels_first)
     assert right.scores.shape == (2, 24)
-    with pytest.raises(RuntimeError):  # the network itself fails
-        point_importance(network, points, layer="b")
+    with pytest.raises(RuntimeError, match="channels"):  # the network itself fails
+        point_importance(network, cloud(2, 40).repeat(1, 1, 2), layer="b")
     assert hooks_of(network) == 0
     assert not network.training
 

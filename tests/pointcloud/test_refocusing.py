@@ -21,8 +21,7 @@ from cmd_plugin.pointcloud import (
     statistical_scores,
     uncritical_subset,
 )
-
-from .foreign_networks import Linear3, Pooled
+from tests.helpers.foreign_networks import Linear3, Pooled
 
 
 def cloud(batch: int = 2, count: int = 120, seed: int = 0) -> Tensor:
