@@ -57,7 +57,9 @@ def _read_off(path: Path) -> tuple[Array, Array]:
     kind = next(
         (k for k in ("COFF", "NOFF", "CNOFF", "OFF") if lines and lines[0].startswith(k)), ""
     )
-    lines[:1] = [rest] if kind and (rest := lines[0][len(kind) :].strip()) else []
+    if kind:
+        joined = lines[0][len(kind) :].strip()
+        lines = [joined, *lines[1:]] if joined else lines[1:]
     counts = lines[0].split() if lines else []
     if (
         not kind
