@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from typing import IO, Any
 
@@ -17,7 +18,7 @@ _HEADERS = {
 _PIECE = 16 * 1024**2
 
 
-def read_npy(stream: IO[bytes], at_most: int, kinds: str = "fiu") -> NDArray[Any]:
+def read_npy(stream: IO[bytes] | gzip.GzipFile, at_most: int, kinds: str = "fiu") -> NDArray[Any]:
     """Read an array of numbers whose header and length agree; nothing is unpickled.
 
     NumPy itself allocates what a header says before it reads anything, turns text into numbers, and

@@ -58,7 +58,8 @@ def read_pcd(path: Path) -> NDArray[Any]:
     entries, body = _split(path, path.read_bytes())
     header = _checked(path, entries)
     cloud = _READERS[header.kind](path, header, body)
-    return cloud[~np.isnan(cloud).all(axis=1)]
+    kept: NDArray[Any] = cloud[~np.isnan(cloud).all(axis=1)]
+    return kept
 
 
 def _read_ascii(path: Path, header: _Header, body: bytes) -> NDArray[Any]:

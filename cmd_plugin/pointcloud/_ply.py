@@ -123,7 +123,8 @@ def read_ply(path: Path) -> tuple[Array, Array]:
                 raise InputError(f"{path} has no {', '.join(wrong)} of its vertices.")
             vertices = np.stack([columns[axis] for axis in "xyz"], axis=1).astype(np.float64)
         elif element.name == "face":
-            lists = [columns[name] for name in _INDICES if isinstance(columns.get(name), list)]
+            found = (columns.get(name) for name in _INDICES)
+            lists = [values for values in found if isinstance(values, list)]
             if not lists:
                 raise InputError(f"{path} has faces without a list of {' or '.join(_INDICES)}.")
             triangles = fans(path, lists[0])

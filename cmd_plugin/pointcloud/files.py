@@ -35,7 +35,9 @@ _TEXT = (".xyz", ".txt", ".csv", ".pts")
 CLOUD_ENDINGS = (".npy", ".npy.gz", ".pcd", *_TEXT, *MESH_ENDINGS)
 
 
-def load_cloud(path: str | Path, points: int | None = None, seed: int = 0) -> Tensor:
+def load_cloud(
+    path: str | Path, points: int | None = None, seed: int = 0, *, repeat: bool = True
+) -> Tensor:
     """Read one cloud, [N, 3] float32, as it is in the file (not centred or scaled).
 
     Args:
@@ -43,9 +45,10 @@ def load_cloud(path: str | Path, points: int | None = None, seed: int = 0) -> Te
             ``.ply``, with or without faces; ``.off``, ``.obj``, ``.stl`` or ``.glb`` meshes,
             sampled evenly by area;
             ``.xyz``, ``.txt``, ``.csv`` or ``.pts`` with one point a line.
-        points: Number of points wanted; a larger cloud is thinned out at random, and a smaller one
-            repeats points. By default all there are (2048 of a mesh).
+        points: Number of points wanted; a larger cloud is thinned out at random. By default all
+            there are (2048 of a mesh).
         seed: Seed of that choice.
+        repeat: Whether a smaller cloud repeats points, or has those that it has.
 
     Raises:
         InputError: If the file is missing, damaged, empty or of an unknown kind.
@@ -80,7 +83,9 @@ def load_cloud(path: str | Path, points: int | None = None, seed: int = 0) -> Te
     wrong = int((~torch.isfinite(tensor).all(dim=1)).sum())
     if wrong:
         raise NonFiniteError(f"{path}: {wrong} points are NaN or infinite: remove them.")
-    return tensor if points is None else resampled(tensor, points, seed)
+    if points is None:
+        return tensor
+    return resampled(tensor, points if repeat else min(points, len(tensor)), seed)
 
 
 def resampled(cloud: Tensor, points: int, seed: int = 0) -> Tensor:

@@ -17,7 +17,13 @@ from cmd_plugin.pointcloud.names import NETWORK_NAMES
 from cmd_plugin.pointcloud.networks import build_network
 from cmd_plugin.runs.tensors import Schema, read_schema
 
-__all__ = ["PointNetwork", "is_point_network", "load_point_network", "save_point_network"]
+__all__ = [
+    "PointNetwork",
+    "is_point_network",
+    "load_point_network",
+    "require_fitting",
+    "save_point_network",
+]
 
 _SCHEMA = Schema("point-network", 1, "a network of `points train`")
 _MOST_POINTS = 10_000_000
@@ -84,13 +90,13 @@ def load_point_network(path: str | Path) -> PointNetwork:
             raise ValueError(f"{points} points")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): copy or train it again.") from error
-    _require_fitting(path, model, len(names), width, tensors)
+    require_fitting(path, model, len(names), width, tensors)
     network = build_network(model, len(names), width)
     load_weights(network, path)
     return PointNetwork(network.eval(), model, width, points, tuple(names))
 
 
-def _require_fitting(
+def require_fitting(
     path: str | Path, model: str, classes: int, width: float, tensors: Mapping[str, Tensor]
 ) -> None:
     """Refuse what would need more memory than the file has weights, before it is taken.
