@@ -1,4 +1,4 @@
-"""A user's own network by import string: from the current folder, and each fault in one sentence."""
+"""A user's own network by import string, from the current folder, and each fault in a sentence."""
 
 from __future__ import annotations
 
