@@ -110,12 +110,8 @@ def test_counts_are_coloured_by_their_square_roots_and_named(tmp_path: Path) -> 
     counts = torch.tensor([0.0, 1.0, 25.0, 100.0])
     write_view(tmp_path / "v.html", torch.rand(4, 3), {"critical++": counts, "fbi": counts})
     traces, _ = figure_in((tmp_path / "v.html").read_text(encoding="utf-8"))
-    for trace, shares, title in zip(
-        traces,
-        ([0, 0.1, 0.5, 1], [0, 0.01, 0.25, 1]),
-        ("critical++<br>square root", "fbi"),
-        strict=True,
-    ):
+    expected = (([0, 0.1, 0.5, 1], "critical++<br>square root"), ([0, 0.01, 0.25, 1], "fbi"))
+    for trace, (shares, title) in zip(traces, expected, strict=True):
         marker: dict[str, dict[str, object]] = trace["marker"]  # type: ignore[assignment]
         np.testing.assert_allclose(numbers(marker["color"]), shares, atol=1e-7)
         assert marker["colorbar"]["title"] == {"text": title}

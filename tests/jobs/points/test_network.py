@@ -25,7 +25,8 @@ from torch import nn
 class Net(nn.Module):
     def __init__(self, classes=4, first=True, style="plain"):
         super().__init__()
-        self.conv, self.head, self.first, self.style = nn.Conv1d(3, 32, 1), nn.Linear(32, classes), first, style
+        self.conv, self.head = nn.Conv1d(3, 32, 1), nn.Linear(32, classes)
+        self.first, self.style = first, style
 
     def forward(self, x):
         x = self.conv(x if self.first else x.transpose(1, 2)).relu()
