@@ -25,12 +25,25 @@ def show_train(result: Result) -> None:
 
 
 def show_explain(result: Result) -> None:
-    """Print the network's answer, its focus, and doubts about the axes."""
-    found, points, console = result.metrics, result.data["points"], _console()
+    """Print the network's answer to each cloud, its focus, and doubts about the axes."""
+    console, metrics, points = _console(), result.metrics, result.data["points"]
+    if "clouds" not in metrics:
+        _show_cloud(console, metrics, points, result.data.get("trained_on"))
+        return
+    for name, found in metrics["clouds"].items():
+        console.print(f"{name}:")
+        _show_cloud(console, found, points[name], result.data["trained_on"])
+
+
+def _show_cloud(
+    console: Console, found: Mapping[str, Any], points: int, trained_on: int | None
+) -> None:
     console.print(f"answer: {_answer(found)}, pool: {found['pool']}")
-    console.print(
-        f"focus: H = {found['entropy']:.3f}, {found['critical_points']} critical points of {points}"
-    )
+    if found["entropy"] is not None:
+        focus = f"focus: H = {found['entropy']:.3f}, {found['critical_points']} critical points of"
+        console.print(f"{focus} {points}")
+    if trained_on is not None and points < trained_on:
+        console.print(f"points: {points}, while the network was trained on {trained_on}")
     if "refocused" in found:
         again = found["refocused"]
         console.print(f"refocused on {again['kept']} points: {_answer(again)}")

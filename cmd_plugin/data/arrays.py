@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from cmd_plugin.data.collection import ImageSet
 from cmd_plugin.data.files import explain
 from cmd_plugin.data.images import MemoryImages
 from cmd_plugin.data.limits import ReadLimits
+from cmd_plugin.data.npy import read_npy
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
 
 __all__ = ["is_array", "read_array"]
@@ -26,6 +27,7 @@ _LABELS = ("labels", "arr_1")  # numpy.savez(path, images, labels) names them ar
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HIGHEST_LABEL = 99_999
 _CHUNK_BYTES = 64 * 1024**2
+_ANY_KIND = "fiubcSUV"  # of which the wrong ones are refused by name afterwards
 
 
 def is_array(path: Path) -> bool:
@@ -104,23 +106,9 @@ def _read_npz(path: Path, limits: ReadLimits) -> tuple[Tensor, Tensor | None]:
                     "piece, or raise ReadLimits.memory_bytes."
                 )
             with archive.open(member) as stream:
-                _check_length(stream, member.file_size)
-            with archive.open(member) as stream:
-                array = np.lib.format.read_array(stream, allow_pickle=False)
+                array = read_npy(stream, member.file_size, kinds=_ANY_KIND)
             found[name] = _to_tensor(array, path, limits)
     return _images_and_labels(found)
-
-
-def _check_length(stream: IO[bytes], size: int) -> None:
-    """NumPy allocates what the header says before it reads anything."""
-    version = np.lib.format.read_magic(stream)
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    shape, _, dtype = readers[version](stream)
-    if stream.tell() + math.prod(shape) * dtype.itemsize != size:
-        raise ValueError("its header and its length do not agree")
 
 
 def _read_safetensors(path: Path, limits: ReadLimits) -> tuple[Tensor, Tensor | None]:

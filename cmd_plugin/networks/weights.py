@@ -59,6 +59,7 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module", "net")
 _TRAINED = "current_model_state"
 _COUNT = "n_averaged"  # what AveragedModel saves beside the network it holds
 _DEEPEST = 8  # a file may hold a dictionary that holds itself
+_MOST_REPEATED_BYTES = 64 * 1024**2  # by tensors that torch.expand made
 _SHARD = re.compile(r"(.+)-[0-9]+-of-([0-9]+)(\.[a-z]+)")
 
 
@@ -77,7 +78,8 @@ def read_weights(path: str | Path, which: Which = "shown") -> dict[str, Tensor]:
 
     Raises:
         InputError: If the file is missing or damaged, holds no weights, or one that is sparse,
-            nested, quantised or has no values; names file and tensor.
+            nested, quantised, has no values or says far more of them than the file has; names file
+            and tensor.
     """
     path = Path(path)
     if which not in ("shown", "trained"):
@@ -86,6 +88,7 @@ def read_weights(path: str | Path, which: Which = "shown") -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         _require_plain(path, name, tensor)
+    _require_stored(path, tensors)
     if not any(t.is_floating_point() or t.is_complex() for t in tensors.values()):
         raise InputError(f"{path} holds no weights: save the network's state_dict().")
     try:
@@ -120,7 +123,8 @@ def load_weights(model: nn.Module, path: str | Path, which: Which = "shown") -> 
 
     Raises:
         InputError: As :func:`read_weights`.
-        StateMismatch: If names or shapes differ; the message names the first of them.
+        StateMismatch: If names or shapes differ, or a complex weight is not complex in the network;
+            the message names the first of them.
     """
     entries = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     own = {clean_name(name): tensor for name, tensor in entries.items()}
@@ -142,6 +146,11 @@ def load_weights(model: nn.Module, path: str | Path, which: Which = "shown") -> 
             raise StateMismatch(
                 f"{path}: {name} is {tuple(tensor.shape)}, the network's is "
                 f"{tuple(own[name].shape)}: check the number of classes and the width."
+            )
+        if tensor.is_complex() and not own[name].is_complex():
+            raise StateMismatch(
+                f"{path}: {name} is complex, the network's is not: these are weights of another "
+                "network."
             )
     raw_names = {clean_name(name): name for name in entries}
     # Not strict, because of state that is no tensor and of tied weights that the file has once.
@@ -309,6 +318,19 @@ def _require_plain(path: Path, name: str, tensor: Tensor) -> None:
     else:
         return
     raise InputError(f"{path}: the tensor {name!r} is {kind}: save it as a plain one.")
+
+
+def _require_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse values that repeat stored ones so often that a copy of them would fill the memory."""
+    repeated = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        repeated += max(0, size - tensor.untyped_storage().nbytes())
+        if repeated > _MOST_REPEATED_BYTES:
+            raise InputError(
+                f"{path}: the tensor {name!r} is expanded to {size} bytes, of which the file holds "
+                f"{tensor.untyped_storage().nbytes()}: save it as a plain one."
+            )
 
 
 def _without_common_prefix(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,36 @@ from cmd_plugin.errors import InputError
 
 __all__ = ["lzf_unpacked", "read_pcd"]
 
-_TYPES = {"F": "f", "U": "u", "I": "i"}
+_AXES = ("x", "y", "z")
+_NUMBER = re.compile(r"[0-9]{1,12}")
+_DTYPES = {
+    **{("F", size): f"<f{size}" for size in (4, 8)},
+    **{("U", size): f"<u{size}" for size in (1, 2, 4, 8)},
+    **{("I", size): f"<i{size}" for size in (1, 2, 4, 8)},
+}
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a header says, checked.
+
+    Attributes:
+        points: Number of points.
+        kind: ascii, binary or binary_compressed.
+        row_bytes: Bytes of a point.
+        row_words: Numbers of a point.
+        dtypes: Of x, y and z.
+        bytes_before: In a point, before x, y and z.
+        words_before: The same in numbers.
+    """
+
+    points: int
+    kind: str
+    row_bytes: int
+    row_words: int
+    dtypes: tuple[str, ...]
+    bytes_before: tuple[int, ...]
+    words_before: tuple[int, ...]
 
 
 def read_pcd(path: Path) -> NDArray[Any]:
@@ -22,44 +53,57 @@ def read_pcd(path: Path) -> NDArray[Any]:
 
     Raises:
         InputError: If the header or the data are damaged, or a field is missing.
+        ValueError: If a line of ascii data holds something else than numbers.
     """
-    raw = path.read_bytes()
-    header, body = _split(path, raw)
-    fields, counts = header["FIELDS"], [int(c) for c in header.get("COUNT", [])]
-    counts = counts or [1] * len(fields)
-    missing = {"x", "y", "z"} - set(fields)
-    if missing:
-        raise InputError(f"{path} has no field {', '.join(sorted(missing))}.")
-    total = int(header["POINTS"][0])
-    columns = np.cumsum([0, *counts])
-    where = [int(columns[fields.index(axis)]) for axis in ("x", "y", "z")]
-    kind = header["DATA"][0].lower()
-    if kind == "ascii":
-        table = np.loadtxt(body.decode("ascii").splitlines()[:total], ndmin=2)
-        cloud = table[:, where]
-    elif kind in ("binary", "binary_compressed"):
-        record = np.dtype(
-            [
-                (f"{name}{number}", f"<{_TYPES[of]}{size}", (count,))
-                for number, (name, of, size, count) in enumerate(
-                    zip(fields, header["TYPE"], header["SIZE"], counts, strict=True)
-                )
-            ]
-        )
-        if kind == "binary_compressed":
-            body = _row_by_row(_unpacked(path, body, total * record.itemsize), record, total)
-        if len(body) < total * record.itemsize:
-            raise InputError(f"{path} ends before its {total} points: copy it again.")
-        rows = np.frombuffer(body, dtype=record, count=total)
-        names = [f"{axis}{fields.index(axis)}" for axis in ("x", "y", "z")]
-        cloud = np.stack([rows[name][:, 0] for name in names], axis=1).astype(np.float64)
-    else:
+    entries, body = _split(path, path.read_bytes())
+    header = _checked(path, entries)
+    cloud = _READERS[header.kind](path, header, body)
+    kept: NDArray[Any] = cloud[~np.isnan(cloud).all(axis=1)]
+    return kept
+
+
+def _read_ascii(path: Path, header: _Header, body: bytes) -> NDArray[Any]:
+    lines = [line for line in body.decode("ascii").splitlines() if line.strip()][: header.points]
+    if len(lines) != header.points:
+        raise InputError(f"{path} holds {len(lines)} of its {header.points} points: copy it again.")
+    table = np.loadtxt(lines, comments=None, ndmin=2)
+    if table.shape[1] != header.row_words:
         raise InputError(
-            f"{path} holds {kind} data, not ascii, binary or binary_compressed: copy it again."
+            f"{path} has {table.shape[1]} numbers a line, but its header says {header.row_words}: "
+            "make it again."
         )
-    if len(cloud) != total:
-        raise InputError(f"{path} holds {len(cloud)} of its {total} points: copy it again.")
-    return cloud[~np.isnan(cloud).all(axis=1)]
+    return table[:, header.words_before]
+
+
+def _read_binary(path: Path, header: _Header, body: bytes) -> NDArray[Any]:
+    size = header.points * header.row_bytes
+    if len(body) < size:
+        raise InputError(f"{path} ends before its {header.points} points: copy it again.")
+    rows = np.frombuffer(body, np.uint8, size).reshape(header.points, header.row_bytes)
+    columns = [
+        np.ascontiguousarray(rows[:, before : before + np.dtype(kind).itemsize]).view(kind)[:, 0]
+        for kind, before in zip(header.dtypes, header.bytes_before, strict=True)
+    ]
+    return np.stack(columns, axis=1).astype(np.float64)
+
+
+def _read_compressed(path: Path, header: _Header, body: bytes) -> NDArray[Any]:
+    """Compressed files hold field after field of all points."""
+    columns = _unpacked(path, body, header.points * header.row_bytes)
+    return np.stack(
+        [
+            np.frombuffer(columns, kind, header.points, before * header.points)
+            for kind, before in zip(header.dtypes, header.bytes_before, strict=True)
+        ],
+        axis=1,
+    ).astype(np.float64)
+
+
+_READERS = {
+    "ascii": _read_ascii,
+    "binary": _read_binary,
+    "binary_compressed": _read_compressed,
+}
 
 
 def _unpacked(path: Path, body: bytes, expected: int) -> bytes:
@@ -123,17 +167,6 @@ def lzf_unpacked(packed: bytes, size: int) -> bytes:
     return bytes(result)
 
 
-def _row_by_row(columns: bytes, record: np.dtype[Any], total: int) -> bytes:
-    """Compressed files hold field after field of all points: put them point after point."""
-    rows = np.empty(total, dtype=record)
-    start = 0
-    for name in record.names or ():
-        field = rows[name]
-        rows[name] = np.frombuffer(columns, field.dtype, field.size, start).reshape(field.shape)
-        start += field.nbytes
-    return rows.tobytes()
-
-
 def _split(path: Path, raw: bytes) -> tuple[dict[str, list[str]], bytes]:
     header: dict[str, list[str]] = {}
     start = 0
@@ -150,3 +183,69 @@ def _split(path: Path, raw: bytes) -> tuple[dict[str, list[str]], bytes]:
     if missing:
         raise InputError(f"{path} is no PCD file: its header lacks {', '.join(sorted(missing))}.")
     return header, raw[start:]
+
+
+def _checked(path: Path, entries: dict[str, list[str]]) -> _Header:
+    fields, types = entries["FIELDS"], entries["TYPE"]
+    sizes = _numbers(path, entries, "SIZE")
+    counts = _numbers(path, entries, "COUNT") if "COUNT" in entries else [1] * len(fields)
+    if not len(fields) == len(types) == len(sizes) == len(counts):
+        raise InputError(
+            f"{path}: its header has {len(fields)} fields, {len(sizes)} sizes, {len(types)} types "
+            f"and {len(counts)} counts, which must be equally many: make it again."
+        )
+    for field, kind, size, count in zip(fields, types, sizes, counts, strict=True):
+        if (kind, size) not in _DTYPES or count < 1:
+            raise InputError(
+                f"{path}: its field {field} has TYPE {kind}, SIZE {size} and COUNT {count}, which "
+                "no PCD file can have: make it again."
+            )
+    wrong = [axis for axis in _AXES if fields.count(axis) != 1]
+    if wrong:
+        missing = [axis for axis in wrong if axis not in fields]
+        raise InputError(
+            f"{path} has {'no' if missing else 'more than one'} field {', '.join(missing or wrong)}"
+            ": give a file with one x, y and z."
+        )
+    where = [fields.index(axis) for axis in _AXES]
+    if any(counts[place] != 1 for place in where):
+        raise InputError(f"{path} has several x, y or z a point: give a file with one of each.")
+    points = _one_number(path, entries, "POINTS")
+    if "WIDTH" in entries and "HEIGHT" in entries:
+        width, height = (_one_number(path, entries, name) for name in ("WIDTH", "HEIGHT"))
+        if width * height != points:
+            raise InputError(
+                f"{path} says that it has {points} points and {width} x {height}: make it again."
+            )
+    if points == 0:
+        raise InputError(f"{path} holds no points: make it again.")
+    kind = " ".join(entries["DATA"]).lower()
+    if kind not in _READERS:
+        raise InputError(
+            f"{path} holds {kind or 'unnamed'} data, not ascii, binary or binary_compressed: copy "
+            "it again."
+        )
+    lengths = [size * count for size, count in zip(sizes, counts, strict=True)]
+    return _Header(
+        points,
+        kind,
+        row_bytes=sum(lengths),
+        row_words=sum(counts),
+        dtypes=tuple(_DTYPES[types[place], sizes[place]] for place in where),
+        bytes_before=tuple(sum(lengths[:place]) for place in where),
+        words_before=tuple(sum(counts[:place]) for place in where),
+    )
+
+
+def _numbers(path: Path, entries: dict[str, list[str]], name: str) -> list[int]:
+    words = entries[name]
+    if not words or not all(map(_NUMBER.fullmatch, words)):
+        raise InputError(
+            f"{path}: {name} in its header is {' '.join(words)[:60]!r}, not whole numbers: make it "
+            "again."
+        )
+    return [int(word) for word in words]
+
+
+def _one_number(path: Path, entries: dict[str, list[str]], name: str) -> int:
+    return _numbers(path, entries, name)[0]

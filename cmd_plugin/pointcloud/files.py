@@ -16,20 +16,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmd_plugin.errors import InputError, NonFiniteError, require
+from cmd_plugin.data.files import explain
+from cmd_plugin.data.limits import DEFAULT_LIMITS
+from cmd_plugin.data.npy import read_npy
+from cmd_plugin.errors import InputError, NonFiniteError
+from cmd_plugin.pointcloud._hdf5 import read_hdf5
+from cmd_plugin.pointcloud._mesh import MESH_ENDINGS, read_mesh
 from cmd_plugin.pointcloud._pcd import read_pcd
+from cmd_plugin.pointcloud._text import read_text
 from cmd_plugin.pointcloud.clouds import PointClouds, unit_sphere
 
 __all__ = ["CLOUD_ENDINGS", "load_cloud", "load_hdf5", "load_voxels", "resampled", "voxel_clouds"]
 
 Array = NDArray[Any]
 
+_DAMAGED = (OSError, ValueError, EOFError, zlib.error)
 _TEXT = (".xyz", ".txt", ".csv", ".pts")
-_MESH = (".glb", ".obj", ".off", ".ply", ".stl")
-CLOUD_ENDINGS = (".npy", ".npy.gz", ".pcd", *_TEXT, *_MESH)
+CLOUD_ENDINGS = (".npy", ".npy.gz", ".pcd", *_TEXT, *MESH_ENDINGS)
 
 
-def load_cloud(path: str | Path, points: int | None = None, seed: int = 0) -> Tensor:
+def load_cloud(
+    path: str | Path, points: int | None = None, seed: int = 0, *, repeat: bool = True
+) -> Tensor:
     """Read one cloud, [N, 3] float32, as it is in the file (not centred or scaled).
 
     Args:
@@ -37,9 +45,10 @@ def load_cloud(path: str | Path, points: int | None = None, seed: int = 0) -> Te
             ``.ply``, with or without faces; ``.off``, ``.obj``, ``.stl`` or ``.glb`` meshes,
             sampled evenly by area;
             ``.xyz``, ``.txt``, ``.csv`` or ``.pts`` with one point a line.
-        points: Number of points wanted; a larger cloud is thinned out at random, and a smaller one
-            repeats points. By default all there are (2048 of a mesh).
+        points: Number of points wanted; a larger cloud is thinned out at random. By default all
+            there are (2048 of a mesh).
         seed: Seed of that choice.
+        repeat: Whether a smaller cloud repeats points, or has those that it has.
 
     Raises:
         InputError: If the file is missing, damaged, empty or of an unknown kind.
@@ -56,25 +65,27 @@ def load_cloud(path: str | Path, points: int | None = None, seed: int = 0) -> Te
         elif name.endswith(".pcd"):
             cloud = read_pcd(path)
         elif name.endswith(_TEXT):
-            text = path.read_text(encoding="utf-8").replace(",", " ")
-            cloud = np.loadtxt(text.splitlines(), ndmin=2)
-        elif name.endswith(_MESH):
-            cloud = _read_mesh(path, points or 2048, seed)
+            cloud = read_text(path)
+        elif name.endswith(MESH_ENDINGS):
+            cloud = read_mesh(path, points or 2048, seed)
         else:
             raise InputError(
                 f"{path} is of an unknown kind: use one of {', '.join(CLOUD_ENDINGS)}."
             )
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be read ({error}): make or copy it again.") from error
+    except InputError:
+        raise
+    except _DAMAGED as error:
+        raise _unreadable(path, error) from error
     if cloud.ndim != 2 or cloud.shape[1] < 3 or len(cloud) == 0:
         raise InputError(f"{path} holds {cloud.shape} numbers, not a cloud of [N, 3] points.")
-    tensor = torch.from_numpy(np.ascontiguousarray(cloud[:, :3], dtype=np.float32))
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        tensor = torch.from_numpy(np.ascontiguousarray(cloud[:, :3], dtype=np.float32))
     wrong = int((~torch.isfinite(tensor).all(dim=1)).sum())
     if wrong:
         raise NonFiniteError(f"{path}: {wrong} points are NaN or infinite: remove them.")
-    return tensor if points is None else resampled(tensor, points, seed)
+    if points is None:
+        return tensor
+    return resampled(tensor, points if repeat else min(points, len(tensor)), seed)
 
 
 def resampled(cloud: Tensor, points: int, seed: int = 0) -> Tensor:
@@ -90,25 +101,16 @@ def resampled(cloud: Tensor, points: int, seed: int = 0) -> Tensor:
     return cloud[torch.from_numpy(np.concatenate(order)[:points])]
 
 
-def _read_array(path: Path) -> Array:
-    if path.suffix != ".gz":
-        return np.asarray(np.load(path, allow_pickle=False))
+def _read_array(path: Path, kinds: str = "fiu") -> Array:
+    if path.suffix.lower() != ".gz":
+        with path.open("rb") as stream:
+            return read_npy(stream, path.stat().st_size, kinds)
     with gzip.open(path) as unpacked:
-        return np.asarray(np.load(unpacked, allow_pickle=False))
+        return read_npy(unpacked, DEFAULT_LIMITS.memory_bytes, kinds)
 
 
-def _read_mesh(path: Path, points: int, seed: int) -> Array:
-    trimesh = require("trimesh", "points")
-    try:
-        scene = trimesh.load(str(path), process=False)
-        shape = scene.to_mesh() if hasattr(scene, "to_mesh") else scene
-    except Exception as error:  # each format fails in its own way on damaged files
-        raise InputError(f"{path} cannot be read ({error}): make or copy it again.") from error
-    if len(getattr(shape, "faces", ())) == 0:
-        vertices: Array = np.asarray(shape.vertices)
-        return vertices
-    sampled: Array = trimesh.sample.sample_surface(shape, points, seed=seed)[0]
-    return sampled
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} cannot be read ({explain(error)}): make or copy it again.")
 
 
 def load_hdf5(
@@ -127,12 +129,13 @@ def load_hdf5(
         name: What tables call the set.
 
     Raises:
-        InputError: If a file is missing, damaged, or lacks a dataset.
+        InputError: If a file is missing, damaged, lacks a dataset, or holds something else in it
+            than clouds and whole numbers from 0 on.
         MissingDependency: If h5py is not installed.
     """
     if not paths:
         raise InputError("no HDF5 file was given.")
-    parts = [_read_hdf5(Path(path), points) for path in paths]
+    parts = [read_hdf5(Path(path), points) for path in paths]
     clouds, labels = [cloud for cloud, _ in parts], [label for _, label in parts]
     sizes = {cloud.shape[1] for cloud in clouds}
     if len(sizes) > 1 or (points is not None and sizes != {points}):
@@ -143,30 +146,15 @@ def load_hdf5(
     joined = np.concatenate(labels)
     beside = Path(paths[0]).parent / "shape_names.txt"
     if classes is None and beside.is_file():
-        classes = beside.read_text(encoding="utf-8").split()
+        try:
+            classes = beside.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unreadable(beside, error) from error
     if classes is None:
         classes = [str(number) for number in range(int(joined.max()) + 1)]
     return PointClouds(
         torch.from_numpy(np.concatenate(clouds)), torch.from_numpy(joined), tuple(classes), name
     )
-
-
-def _read_hdf5(path: Path, points: int | None) -> tuple[Array, Array]:
-    h5py = require("h5py", "points")
-    try:
-        with h5py.File(path, "r") as file:
-            if not {"data", "label"} <= set(file):
-                raise InputError(
-                    f"{path} holds {', '.join(sorted(file)) or 'nothing'}, but the datasets data "
-                    "and label are needed."
-                )
-            data = file["data"]
-            if data.ndim != 3 or data.shape[2] < 3:
-                raise InputError(f"{path}: data is {data.shape}, not [S, N, 3].")
-            clouds = np.asarray(data[:, :points, :3], dtype=np.float32)
-            return clouds, np.asarray(file["label"][()], dtype=np.int64).reshape(-1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error}): check the path.") from error
 
 
 def load_voxels(path: str | Path) -> Tensor:
@@ -175,21 +163,25 @@ def load_voxels(path: str | Path) -> Tensor:
     Empty grids are left out.
 
     Raises:
-        InputError: If the file is missing, damaged or holds something else.
+        InputError: If the file is missing, damaged, holds something else or nothing but empty
+            grids.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}: check the path.")
     try:
-        array = _read_array(path)
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read ({error}): make or copy it again.") from error
+        array = _read_array(path, kinds="fiub")
+    except _DAMAGED as error:
+        raise _unreadable(path, error) from error
     if array.ndim == 5 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 4:
         raise InputError(f"{path} is {array.shape}, not voxel grids [S, 1, X, Y, Z].")
-    grids = torch.from_numpy(array > 0)
-    return grids[grids.flatten(1).any(dim=1)]
+    grids = torch.from_numpy(np.ascontiguousarray(array > 0))
+    occupied = grids[grids.flatten(1).any(dim=1)]
+    if not len(occupied):
+        raise InputError(f"{path} holds no grid with an occupied voxel: make it again.")
+    return occupied
 
 
 def voxel_clouds(

@@ -1,4 +1,4 @@
-"""Pictures of scored clouds: matplotlib for paper and terminal, plotly to turn in a browser."""
+"""Pictures of scored clouds: of matplotlib, pages of plotly to turn in a browser, coloured PLY."""
 
 from __future__ import annotations
 
@@ -13,14 +13,37 @@ from torch import Tensor
 
 from cmd_plugin.errors import ShapeError, require
 from cmd_plugin.runs.figures import SEQUENTIAL, figure_style, new_figure, write_page
+from cmd_plugin.runs.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_cloud", "plot_views", "write_view"]
+__all__ = ["plot_cloud", "plot_views", "write_ply", "write_view"]
 
 _ELEVATION, _AZIMUTH = 20.0, -60.0  # degrees from which both pictures look
-_DISTANCE = 1.75  # of the page's camera, in sizes of the cloud
+_FIELD = 45.0  # degrees that the page's camera sees from top to bottom
+_EDGE = 1.12  # how much more than the cloud is in the picture, for points have a size
+# A few points win hundreds of channels, and most a handful: by their values all but those few would
+# have one colour.
+_ROOTED = ("critical++",)
+# In a narrow window the camera steps back, as far as the width asks for.
+_KEEP_IN_VIEW = """
+const view = document.getElementById('{plot_id}');
+let back = 1;
+function fit() {
+  const size = view._fullLayout._size;
+  const wanted = Math.max(1, size.h / Math.max(size.w, 1));
+  if (Math.abs(wanted - back) < 0.01) { return; }
+  const camera = view._fullLayout.scene._scene
+    ? view._fullLayout.scene._scene.getCamera() : view.layout.scene.camera;
+  const eye = camera.eye;
+  for (const axis of ['x', 'y', 'z']) { eye[axis] *= wanted / back; }
+  back = wanted;
+  Plotly.relayout(view, {'scene.camera': camera});
+}
+window.addEventListener('resize', () => setTimeout(fit, 200));
+fit();
+"""
 
 
 def plot_cloud(points: Tensor, scores: Tensor, ax: Any, *, up: int = 2) -> Any:
@@ -67,7 +90,8 @@ def plot_views(
 
     Args:
         points: [N, 3 or more].
-        scores: Name and [N] values in [0, 1] of each picture.
+        scores: Name and [N] values from 0 on of each picture; colours run from 0 to the largest,
+            and those of counts by their square roots.
         title: Above all of them.
         up: Which axis of the cloud points up, 0 to 2.
     """
@@ -76,11 +100,14 @@ def plot_views(
         drawn, panels = None, []
         for number, (name, values) in enumerate(scores.items(), 1):
             ax = figure.add_subplot(1, len(scores), number, projection="3d")
-            drawn = plot_cloud(points, values, ax, up=up)
+            shares, _ = _on_scale(name, values.cpu().double().numpy())
+            drawn = plot_cloud(points, points.new_tensor(shares), ax, up=up)
             ax.set_title(name)
             panels.append(ax)
         if drawn is not None:
-            figure.colorbar(drawn, ax=panels, shrink=0.7, label="importance, largest = 1")
+            label = "importance, largest = 1"
+            label += "".join(f"\n({name}: square root)" for name in scores if name in _ROOTED)
+            figure.colorbar(drawn, ax=panels, shrink=0.7, label=label)
         figure.suptitle(title)
     return figure
 
@@ -101,7 +128,8 @@ def write_view(
     Args:
         path: File to write.
         points: [N, 3 or more].
-        scores: Name and [N] values of each entry of the menu; colours run from 0 to the largest.
+        scores: Name and [N] values of each entry of the menu; colours run from 0 to the largest,
+            and those of counts by their square roots.
         title: Above the picture.
         up: Which axis of the cloud points up, 0 to 2.
 
@@ -115,7 +143,7 @@ def write_view(
     own = points[:, :3].cpu().double().numpy()  # as in the file, whatever points up here
     for name, tensor in scores.items():
         places, values = _checked(points, tensor, up)
-        share = values / max(float(values.max()), 1e-9)
+        share, ticks = _on_scale(name, values)
         safe = html.escape(name)
         traces.append(
             graphs.Scatter3d(
@@ -136,7 +164,9 @@ def write_view(
                     "cmin": 0.0,
                     "cmax": 1.0,
                     "colorbar": {
-                        "title": {"text": "importance,<br>largest = 1"},
+                        "title": {"text": safe + ("<br>square root" if name in _ROOTED else "")},
+                        "tickvals": list(ticks),
+                        "ticktext": [f"{value:.3g}" for value in ticks.values()],
                         "len": 0.7,
                         "thickness": 18,
                     },
@@ -150,6 +180,7 @@ def write_view(
     ]
     figure = graphs.Figure(traces)
     turn, rise = math.radians(_AZIMUTH), math.radians(_ELEVATION)
+    ranges, distance = _frame(_turned(points, up))
     figure.update_layout(
         title={"text": html.escape(title), "x": 0.02, "font": {"size": 20}},
         font={"size": 14},
@@ -159,14 +190,14 @@ def write_view(
             "aspectmode": "data",  # a unit is as long along all three axes
             "camera": {
                 "eye": {
-                    "x": _DISTANCE * math.cos(rise) * math.cos(turn),
-                    "y": _DISTANCE * math.cos(rise) * math.sin(turn),
-                    "z": _DISTANCE * math.sin(rise),
+                    "x": distance * math.cos(rise) * math.cos(turn),
+                    "y": distance * math.cos(rise) * math.sin(turn),
+                    "z": distance * math.sin(rise),
                 }
             },
-            "xaxis": {"visible": False},
-            "yaxis": {"visible": False},
-            "zaxis": {"visible": False},
+            "xaxis": {"visible": False, "range": ranges[0]},
+            "yaxis": {"visible": False, "range": ranges[1]},
+            "zaxis": {"visible": False, "range": ranges[2]},
         },
         updatemenus=[{"buttons": buttons, "x": 0.02, "y": 0.98, "xanchor": "left"}],
         annotations=[
@@ -183,9 +214,72 @@ def write_view(
     )
     # With a name of its own for the frame, where plotly draws one: the same input, the same page.
     plot = figure.to_html(
-        include_plotlyjs=True, full_html=False, default_height="100vh", div_id="view"
+        include_plotlyjs=True,
+        full_html=False,
+        default_height="100vh",
+        div_id="view",
+        config={"responsive": True},
+        post_script=_KEEP_IN_VIEW,
     )
     write_page(path, title or "Point importance", [plot], fill=True)
+
+
+def write_ply(path: str | Path, points: Tensor, scores: Tensor, measure: str = "") -> None:
+    """Write a cloud as binary PLY, each point in the colour of its score, for any mesh viewer.
+
+    Args:
+        path: File to write.
+        points: [N, 3 or more], written as they are.
+        scores: [N] from 0 on; also written as they are, as the property ``quality``.
+        measure: Its name; colours of counts run by their square roots.
+
+    Raises:
+        ShapeError: If points and scores do not fit.
+        InputError: If the file cannot be written.
+    """
+    import matplotlib as mpl
+
+    places, values = _checked(points, scores, 2)
+    shares, _ = _on_scale(measure, values)
+    colours = mpl.colormaps[SEQUENTIAL](shares, bytes=True)[:, :3]
+    kinds = {**dict.fromkeys("xyz", "<f4"), **dict.fromkeys(("red", "green", "blue"), "u1")}
+    kinds["quality"] = "<f4"
+    rows = np.empty(len(values), list(kinds.items()))
+    columns = (*places.T, *colours.T, values)
+    for name, column in zip(kinds, columns, strict=True):
+        rows[name] = column
+    header = ["ply", "format binary_little_endian 1.0", f"comment colour and quality: {measure}"]
+    header += [f"element vertex {len(rows)}"]
+    header += [f"property {'float' if k == '<f4' else 'uchar'} {n}" for n, k in kinds.items()]
+    content = "\n".join([*header, "end_header", ""]).encode("ascii", "replace") + rows.tobytes()
+    write_atomically(Path(path), lambda file: file.write_bytes(content))
+
+
+def _on_scale(name: str, values: Any) -> tuple[Any, dict[float, float]]:
+    """Colours [N] in [0, 1] of values, and the values that belong to five of them."""
+    largest = max(float(values.max()), 1e-9) if len(values) else 1.0
+    power = 0.5 if name in _ROOTED else 1.0
+    ticks = {share: largest * share ** (1 / power) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    return np.clip(values / largest, 0.0, 1.0) ** power, ticks
+
+
+def _frame(places: Any) -> tuple[list[list[float]], float]:
+    """Ranges of the axes that no point lies at the end of, and how far off the camera sees all.
+
+    The distance is in units of plotly's aspect mode "data": the cube root of the ranges' product.
+    """
+    low, high = places.min(axis=0), places.max(axis=0)
+    middle, extent = (low + high) / 2, high - low
+    half = 0.52 * np.maximum(extent, 0.05 * extent.max() or 1.0)
+    radius = float(np.linalg.norm(places - middle, axis=1).max()) or 1.0
+    unit = float(np.prod(2 * half)) ** (1 / 3)
+    distance = _EDGE * radius / unit / math.sin(math.radians(_FIELD / 2))
+    return [[float(m - h), float(m + h)] for m, h in zip(middle, half, strict=True)], distance
+
+
+def _turned(points: Tensor, up: int) -> Any:
+    """Coordinates [N, 3], turned so that ``up`` comes last."""
+    return points[:, [(up + 1) % 3, (up + 2) % 3, up]].cpu().double().numpy()
 
 
 def _checked(points: Tensor, scores: Tensor, up: int) -> tuple[Any, Any]:
@@ -195,5 +289,4 @@ def _checked(points: Tensor, scores: Tensor, up: int) -> tuple[Any, Any]:
             f"points must be [N, 3] and scores [N], got {tuple(points.shape)} and "
             f"{tuple(scores.shape)}."
         )
-    axes = [(up + 1) % 3, (up + 2) % 3, up]
-    return points[:, axes].cpu().double().numpy(), scores.cpu().double().numpy()
+    return _turned(points, up), scores.cpu().double().numpy()

@@ -72,6 +72,22 @@ def test_an_answer_its_focus_and_doubts_are_shown(capsys: pytest.CaptureFixture[
     ]
 
 
+def test_several_clouds_are_shown_one_after_another(capsys: pytest.CaptureFixture[str]) -> None:
+    without = {**FOUND, "entropy": None, "critical_points": None, "left_out": {"critical++": "no."}}
+    data = {"points": {"a": 48, "b": 30}, "trained_on": 48}
+    metrics = {"clouds": {"a": FOUND, "b": without}}
+    show_explain(result("points explain", data=data, metrics=metrics))
+    assert capsys.readouterr().out.splitlines() == [
+        "a:",
+        "answer: mug (13.1 %), pool: amax over 48 tokens of 256 channels",
+        "focus: H = 0.602, 33 critical points of 48",
+        "b:",
+        "answer: mug (13.1 %), pool: amax over 48 tokens of 256 channels",
+        "points: 30, while the network was trained on 48",
+        "left out critical++: no.",
+    ]
+
+
 def test_tables_fit_into_80_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -266,6 +266,26 @@ def test_unusual_tensors_are_named(tmp_path: Path, kind: str, nested: bool) -> N
     assert_one_sentence(caught.value, "a.pt", "'odd.weight'", kind)
 
 
+def test_a_tensor_that_says_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    small = torch.arange(4.0).expand(3, 4)
+    torch.save({"a": small}, tmp_path / "small.pt")
+    assert torch.equal(read_weights(tmp_path / "small.pt")["a"], small)
+    torch.save({"a": small, "b": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "large.pt")
+    with pytest.raises(InputError) as caught:
+        read_weights(tmp_path / "large.pt")
+    assert_one_sentence(caught.value, "large.pt", "'b' is expanded to 4000000000000 bytes")
+
+
+def test_the_imaginary_part_of_a_weight_is_not_dropped(tmp_path: Path) -> None:
+    network = nn.Linear(3, 2)
+    before = network.weight.detach().clone()
+    torch.save({"weight": torch.ones(2, 3) + 2j, "bias": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(StateMismatch) as caught:
+        load_weights(network, tmp_path / "a.pt")
+    assert_one_sentence(caught.value, "a.pt", "weight is complex")
+    assert torch.equal(network.weight, before)
+
+
 def test_a_dictionary_that_holds_itself(tmp_path: Path) -> None:
     content: dict[str, Any] = {}
     content["model"] = content

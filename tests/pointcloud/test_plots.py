@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from cmd_plugin.errors import ShapeError
-from cmd_plugin.pointcloud.plots import write_view
+from cmd_plugin.pointcloud.files import load_cloud
+from cmd_plugin.pointcloud.plots import write_ply, write_view
 
 pytest.importorskip("plotly")
 
@@ -84,3 +85,50 @@ print("matplotlib.pyplot" in sys.modules, [axes.get_title() for axes in figure.a
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False ['fbi', 'critical++', '']"
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (9, 0.1, 3), (1, 0, 0)])
+def test_the_page_shows_every_point_however_it_is_turned(
+    size: tuple[float, float, float], tmp_path: Path
+) -> None:
+    points = (torch.rand(200, 3, dtype=torch.float64) - 0.5) * torch.tensor(size)
+    write_view(tmp_path / "v.html", points, {"fbi": torch.rand(200)})
+    _, layout = figure_in((tmp_path / "v.html").read_text(encoding="utf-8"))
+    scene: dict[str, dict[str, dict[str, float]]] = layout["scene"]  # type: ignore[assignment]
+    ranges = np.array([scene[f"{axis}axis"]["range"] for axis in "xyz"])
+    places = points.numpy()
+    assert (places > ranges[:, 0]).all()
+    assert (places < ranges[:, 1]).all()
+    # In plotly's units, a range is as long as it is, over the cube root of all three's product.
+    unit = float(np.prod(ranges[:, 1] - ranges[:, 0])) ** (1 / 3)
+    furthest = np.linalg.norm((places - ranges.mean(axis=1)) / unit, axis=1).max()
+    eye = np.linalg.norm([scene["camera"]["eye"][axis] for axis in "xyz"])
+    assert furthest / eye < np.sin(np.radians(45 / 2))  # of a sphere, half the field of view
+
+
+def test_counts_are_coloured_by_their_square_roots_and_named(tmp_path: Path) -> None:
+    counts = torch.tensor([0.0, 1.0, 25.0, 100.0])
+    write_view(tmp_path / "v.html", torch.rand(4, 3), {"critical++": counts, "fbi": counts})
+    traces, _ = figure_in((tmp_path / "v.html").read_text(encoding="utf-8"))
+    expected = (([0, 0.1, 0.5, 1], "critical++<br>square root"), ([0, 0.01, 0.25, 1], "fbi"))
+    for trace, (shares, title) in zip(traces, expected, strict=True):
+        marker: dict[str, dict[str, object]] = trace["marker"]  # type: ignore[assignment]
+        np.testing.assert_allclose(numbers(marker["color"]), shares, atol=1e-7)
+        assert marker["colorbar"]["title"] == {"text": title}
+    bar: dict[str, object] = traces[0]["marker"]["colorbar"]  # type: ignore[index]
+    assert dict(zip(bar["tickvals"], bar["ticktext"], strict=True))[0.5] == "25"  # type: ignore[call-overload]
+
+
+def test_a_coloured_cloud_is_read_by_others_as_it_was_written(tmp_path: Path) -> None:
+    trimesh = pytest.importorskip("trimesh")
+    import matplotlib as mpl
+
+    points, scores = torch.rand(9, 3), torch.arange(9.0)
+    for measure, shares in (("fbi", scores / 8), ("critical++", (scores / 8).sqrt())):
+        write_ply(tmp_path / "v.ply", points, scores, measure)
+        found = trimesh.load(tmp_path / "v.ply")
+        np.testing.assert_array_equal(found.vertices, points.double().numpy())
+        expected = mpl.colormaps["viridis"](shares.double().numpy(), bytes=True)
+        np.testing.assert_array_equal(found.colors, expected)
+        assert torch.equal(load_cloud(tmp_path / "v.ply"), points)
+        assert b"property float quality\n" in (tmp_path / "v.ply").read_bytes()

@@ -1,4 +1,4 @@
-"""Which points of a cloud a network looks at: a page, a picture and a table."""
+"""Which points of a cloud a network looks at: a page, a picture, a coloured cloud and a table."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, MissingDependency
-from cmd_plugin.jobs.points.model import is_point_network, load_point_network
-from cmd_plugin.jobs.points.options import ExplainOptions
-from cmd_plugin.networks import load_weights, read_weights
-from cmd_plugin.pointcloud import build_network, point_importance, refocus, unit_sphere
+from cmd_plugin.jobs.points.network import Explained, find_network
+from cmd_plugin.jobs.points.options import ExplainOptions, is_voxels, name_of
+from cmd_plugin.pointcloud import point_importance, refocus, unit_sphere
 from cmd_plugin.pointcloud.axes import axis_doubt, axis_orders
 from cmd_plugin.pointcloud.files import load_cloud, load_voxels, voxel_clouds
-from cmd_plugin.pointcloud.plots import plot_views, write_view
+from cmd_plugin.pointcloud.plots import plot_views, write_ply, write_view
 from cmd_plugin.runs.figures import save_figure
 from cmd_plugin.runs.job import Job
 from cmd_plugin.runs.progress import ReportProgress
@@ -25,6 +24,7 @@ from cmd_plugin.runs.table import Table
 __all__ = ["run"]
 
 _POINTS = 1024  # of a network that does not say what it was trained on
+_STEPS = 3  # that are reported of each cloud
 
 
 class _Scored(NamedTuple):
@@ -32,6 +32,7 @@ class _Scored(NamedTuple):
 
     columns: dict[str, Tensor]
     found: dict[str, Any]
+    left_out: dict[str, str]
 
 
 def run(
@@ -42,99 +43,105 @@ def run(
     overwrite: bool = False,
     progress: ReportProgress | None = None,
 ) -> Result:
-    """Score the points of a cloud, and write what a person wants to see.
+    """Score the points of clouds, and write what a person wants to see.
 
     Args:
         options: The options.
-        out: Folder for view.html, view.png, view.csv and result.json; None keeps nothing.
+        out: Folder for view.html, view.png, view.ply, view.csv and result.json; of several clouds
+            the first four lie in a folder for each, called after it. None keeps nothing.
         resume: Go on with an unfinished run in ``out``, from its start.
         overwrite: Replace what lies in ``out``.
         progress: Called when the scores and each file are there.
 
     Returns:
         The network's ``answer`` and its ``probability``; ``entropy`` and ``critical_points`` of the
-        counts; the answer ``refocused``, if asked for; the ``axes``, and others that suit the
-        network better; what was ``left_out`` and why.
+        counts, None if the network has no maximum to count at; the answer ``refocused``, if asked
+        for; what the ``scores_hold_for``; the ``axes``, and others that suit the network better;
+        what was ``left_out`` and why. Of several clouds that by name, under ``clouds``.
 
     Raises:
-        InputError: If cloud, weights or folder cannot be used.
+        InputError: If a cloud, the weights or the folder cannot be used; all clouds are read first.
         StateMismatch: If the weights do not fit the network.
     """
-    network, classes, trained_on = _network(options)
-    places = _cloud(options, options.points or trained_on or _POINTS)
+    explained = find_network(options)
+    size = options.points or explained.trained_on or _POINTS
+    clouds = {name_of(path): _cloud(options, Path(path), size) for path in options.clouds}
+    several = len(clouds) > 1
     with Job(
         "points explain", options, out, resume=resume, overwrite=overwrite, progress=progress
     ) as job:
         if job.result is not None:
             return job.result
-        columns, found = _score(options, network, classes, places)
-        job.report("scores", 1, 3)
-        title = f"{found['answer']} ({100 * found['probability']:.1f} %)"
-        left_out = _draw(job, places, columns, title, "xyz".index(options.up))
-        job.report("pictures", 2, 3)
-        _write_table(job.folder.path("view.csv"), places, columns)
-        axes = _axes(network, places, options.axes)
-        job.report("table", 3, 3)
+        found = {}
+        for number, (name, places) in enumerate(clouds.items()):
+            folder = job.folder.path(name if several else ".")
+            folder.mkdir(exist_ok=True)
+            found[name] = _explain(job, options, explained, places, folder, number, len(clouds))
+        points = {name: len(places) for name, places in clouds.items()}
+        paths = {name_of(path): str(path) for path in options.clouds}
+        (first,) = list(clouds)[:1]
         return job.finish(
-            metrics={**found, "axes": axes, "left_out": left_out},
-            data={"cloud": str(options.cloud), "points": len(places), "classes": list(classes)},
+            metrics={"clouds": found} if several else found[first],
+            data={
+                **({"clouds": paths} if several else {"cloud": paths[first]}),
+                "points": points if several else points[first],
+                "trained_on": explained.trained_on,
+                "classes": list(explained.classes),
+            },
         )
 
 
-def _network(options: ExplainOptions) -> tuple[nn.Module, tuple[str, ...], int | None]:
-    """The network, its class names, and the number of points it was trained on, if known."""
-    weights = Path(options.weights)
-    trained_on: int | None = None
-    if options.model is None and weights.is_file() and is_point_network(weights):
-        trained = load_point_network(weights)
-        network, names, trained_on = trained.network, trained.classes, trained.points
-    else:
-        network, outputs = _foreign_network(weights, options.model, options.width)
-        names = tuple(f"class {number}" for number in range(outputs))
-    if options.classes is not None:
-        given = _read_names(Path(options.classes))
-        if len(given) != len(names):
-            raise InputError(
-                f"{options.classes} has {len(given)} names, the network {len(names)} outputs."
-            )
-        names = given
-    return network, names, trained_on
+def _explain(
+    job: Job,
+    options: ExplainOptions,
+    explained: Explained,
+    places: Tensor,
+    folder: Path,
+    number: int,
+    clouds: int,
+) -> dict[str, Any]:
+    """Score one cloud and write its files; what was found as JSON types."""
 
+    def report(what: str, step: int) -> None:
+        job.report(what, _STEPS * number + step, _STEPS * clouds)
 
-def _foreign_network(weights: Path, model: str | None, width: float) -> tuple[nn.Module, int]:
-    """A network around weights that do not say which it is, and the number of its outputs."""
-    state = read_weights(weights)
-    if model is None:
-        raise InputError(f"{weights} does not say which network it belongs to: pass --model.")
-    # The last weight matrix of a classifier has one row for each class.
-    outputs = [tensor.shape[0] for tensor in state.values() if tensor.ndim == 2][-1:]
-    if not outputs:
-        raise InputError(f"{weights} holds no linear layer: these are no weights of {model}.")
-    network = build_network(model, outputs[0], width)
-    load_weights(network, weights)
-    return network.eval(), outputs[0]
-
-
-def _read_names(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        raise InputError(f"there is no file --classes {path}: check the path.")
+    network, classes, _ = explained
+    columns, found, left_out = _score(options, network, classes, places)
+    report("scores", 1)
+    title, up = f"{found['answer']} ({100 * found['probability']:.1f} %)", "xyz".index(options.up)
+    save_figure(plot_views(places, columns, title, up=up), folder / "view.png")
+    write_ply(folder / "view.ply", places, columns[options.measure], options.measure)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--classes {path} cannot be read ({error}): give a text file.") from error
-    return tuple(name for line in lines if (name := line.strip()))
+        write_view(folder / "view.html", places, columns, title, up=up)
+    except MissingDependency as error:
+        left_out["view.html"] = str(error)
+    report("pictures", 2)
+    _write_table(folder / "view.csv", places, columns)
+    axes = _axes(network, places, options.axes)
+    report("table", 3)
+    return {**found, "axes": axes, "left_out": left_out}
 
 
-def _cloud(options: ExplainOptions, size: int) -> Tensor:
+def _cloud(options: ExplainOptions, path: Path, size: int) -> Tensor:
     """The cloud to explain, [N, 3] float32, centred and in the unit sphere."""
-    path, order = Path(options.cloud), ["xyz".index(axis) for axis in options.axes]
-    if not options.voxels:
-        return unit_sphere(load_cloud(path, size, options.seed))[:, order]
-    grids = load_voxels(path)
-    if options.item >= len(grids):
-        raise InputError(f"--item must be 0 to {len(grids) - 1}, got {options.item}.")
-    chosen = grids[options.item : options.item + 1]
-    return voxel_clouds(chosen, size, options.seed)[0][:, order]
+    order = ["xyz".index(axis) for axis in options.axes]
+    if is_voxels(path):
+        grids = load_voxels(path)
+        if options.item >= len(grids):
+            raise InputError(f"--item must be 0 to {len(grids) - 1}, got {options.item}.")
+        chosen = grids[options.item : options.item + 1]
+        return voxel_clouds(chosen, size, options.seed)[0][:, order]
+    cloud = load_cloud(path, size, options.seed, repeat=False)
+    if options.points is not None and len(cloud) < options.points:
+        raise InputError(
+            f"{path} has {len(cloud)} points, fewer than --points {options.points}: ask for no "
+            "more than it has."
+        )
+    if bool((cloud == cloud[0]).all()):
+        raise InputError(
+            f"{path} is a single place ({len(cloud)} points at it): give a cloud of points apart."
+        )
+    return unit_sphere(cloud)[:, order]
 
 
 def _score(
@@ -142,41 +149,36 @@ def _score(
 ) -> _Scored:
     batch = places.unsqueeze(0)
     seen = point_importance(network, batch, options.measure)  # type: ignore[arg-type]
-    counted = seen if seen.wins is not None else point_importance(network, batch, "critical++")
-    assert counted.wins is not None  # our networks end in a maximum
-    assert counted.entropy is not None
     columns = {options.measure: seen.scores[0]}
     columns.setdefault("fbi", seen.norm[0])
-    columns.setdefault("critical++", counted.wins[0].to(seen.norm.dtype))
     found: dict[str, Any] = {
         **_answer(seen.output[0], classes),
+        "scores_hold_for": "the whole output",
         "pool": seen.pool,
-        "entropy": float(counted.entropy[0]),
-        "critical_points": int((counted.wins[0] > 0).sum()),
+        "entropy": None,
+        "critical_points": None,
     }
+    left_out = {}
+    try:
+        counted = seen if seen.wins is not None else point_importance(network, batch, "critical++")
+    except InputError as error:  # a network of the user's, without a maximum
+        left_out["critical++"] = str(error)
+    else:
+        assert counted.wins is not None
+        assert counted.entropy is not None
+        columns.setdefault("critical++", counted.wins[0].to(seen.norm.dtype))
+        found["entropy"] = float(counted.entropy[0])
+        found["critical_points"] = int((counted.wins[0] > 0).sum())
     if options.refocus:
         again = refocus(network, batch)
         found["refocused"] = {**_answer(again.output[0], classes), "kept": int(again.kept.sum())}
-    return _Scored(columns, found)
+    return _Scored(columns, found, left_out)
 
 
 def _answer(output: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
     probability = output.softmax(dim=0)
     best = int(probability.argmax())
     return {"answer": classes[best], "probability": float(probability[best])}
-
-
-def _draw(
-    job: Job, places: Tensor, columns: Mapping[str, Tensor], title: str, up: int
-) -> dict[str, str]:
-    """Write picture and page; return what could not be written, and why."""
-    shares = {name: values / values.max().clamp_min(1e-9) for name, values in columns.items()}
-    save_figure(plot_views(places, shares, title, up=up), job.folder.path("view.png"))
-    try:
-        write_view(job.folder.path("view.html"), places, columns, title, up=up)
-    except MissingDependency as error:
-        return {"view.html": str(error)}
-    return {}
 
 
 def _write_table(path: Path, places: Tensor, columns: Mapping[str, Tensor]) -> None:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from cmd_plugin.errors import InputError
+from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.networks import load_weights
 from cmd_plugin.pointcloud.names import NETWORK_NAMES
 from cmd_plugin.pointcloud.networks import build_network
 from cmd_plugin.runs.tensors import Schema, read_schema
 
-__all__ = ["PointNetwork", "is_point_network", "load_point_network", "save_point_network"]
+__all__ = [
+    "PointNetwork",
+    "is_point_network",
+    "load_point_network",
+    "require_fitting",
+    "save_point_network",
+]
 
 _SCHEMA = Schema("point-network", 1, "a network of `points train`")
+_MOST_POINTS = 10_000_000
 
 
 class PointNetwork(NamedTuple):
@@ -67,15 +76,42 @@ def load_point_network(path: str | Path) -> PointNetwork:
 
     Raises:
         InputError: If the file is missing, damaged or something else.
+        StateMismatch: If its weights are not those of the network that it says it holds.
     """
-    _, about = _SCHEMA.load(path)
+    tensors, about = _SCHEMA.load(path)
     try:
         model, width, points = about["model"], float(about["width"]), int(about["points"])
-        classes = tuple(str(name) for name in json.loads(about["classes"]))
-        if model not in NETWORK_NAMES or not (0 < width < math.inf) or points < 1 or not classes:
+        names = json.loads(about["classes"])
+        if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+            raise ValueError("no list of class names")
+        if model not in NETWORK_NAMES or not (0 < width < math.inf):
             raise ValueError("no such network")
+        if not 1 <= points <= _MOST_POINTS:
+            raise ValueError(f"{points} points")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): copy or train it again.") from error
-    network = build_network(model, len(classes), width)
+    require_fitting(path, model, len(names), width, tensors)
+    network = build_network(model, len(names), width)
     load_weights(network, path)
-    return PointNetwork(network.eval(), model, width, points, classes)
+    return PointNetwork(network.eval(), model, width, points, tuple(names))
+
+
+def require_fitting(
+    path: str | Path, model: str, classes: int, width: float, tensors: Mapping[str, Tensor]
+) -> None:
+    """Refuse what would need more memory than the file has weights, before it is taken.
+
+    Raises:
+        StateMismatch: If the network has more weights than the file.
+    """
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    try:
+        with torch.device("meta"):
+            needed = sum(p.numel() for p in build_network(model, classes, width).parameters())
+    except (RuntimeError, OverflowError, TypeError, ValueError):  # sizes beyond all integers
+        needed = None
+    if needed is None or needed > stored:
+        raise StateMismatch(
+            f"{path} has {stored} weights, too few for {model} of width {width:g} with {classes} "
+            "classes: copy or train it again."
+        )

@@ -12,7 +12,14 @@ from cmd_plugin.pointcloud.names import MEASURES, NETWORK_NAMES, ROUNDINGS
 from cmd_plugin.runs.options import JobOptions, argument, option
 from cmd_plugin.runs.process import ACCELERATORS
 
-__all__ = ["POINT_DATASETS", "ExplainOptions", "RobustnessOptions", "TrainOptions"]
+__all__ = [
+    "POINT_DATASETS",
+    "ExplainOptions",
+    "RobustnessOptions",
+    "TrainOptions",
+    "is_voxels",
+    "name_of",
+]
 
 POINT_DATASETS = ("shapes", "chairs-monitors", "hdf5")
 
@@ -171,23 +178,27 @@ class RobustnessOptions(_TrainingOptions):
 class ExplainOptions(JobOptions):
     """Show which points of a cloud a network looks at.
 
-    Writes a self-contained interactive page (view.html), a picture (view.png) and the scores of
-    every point (view.csv). The scores hold for the network's whole output, not for one class. Says
-    so if the network is much surer of its answer with the cloud's axes in another order.
+    Writes a self-contained interactive page (view.html), a picture (view.png), the cloud coloured
+    by the measure (view.ply) and the scores of every point (view.csv); of several clouds in a
+    folder for each. The scores hold for the network's whole output, not for one class. Says so if
+    the network is much surer of its answer with the cloud's axes in another order.
 
     Examples:
       cmd-plugin points explain chair.ply --weights out/points-train/model.safetensors
       cmd-plugin points explain scan.pcd --weights dgcnn.pt --model dgcnn --measure critical++
+      cmd-plugin points explain a.off b.off --weights best.pth --network mine:Net
     """
 
-    cloud: Path = argument(
-        ".npy, .pcd, .ply, .off, .obj, .stl or .xyz; also .npy.gz voxel grids.",
+    clouds: tuple[Path, ...] = argument(
+        "One or more files: .npy, .pcd, .ply, .off, .obj, .stl, .glb, .xyz, .txt, .csv or .pts; "
+        "also .npy.gz voxel grids.",
         panel=_CLOUD,
         positional=True,
     )
     points: int | None = option(
         None,
-        "Points to use; default: those the network was trained on, else 1024.",
+        "Points to use; default: as many as the network was trained on, else 1024, or all if the "
+        "cloud has fewer.",
         panel=_CLOUD,
         at_least=1,
     )
@@ -207,6 +218,15 @@ class ExplainOptions(JobOptions):
         "Architecture, if the weights do not say.",
         panel=_NETWORK,
         choices=NETWORK_NAMES,
+    )
+    network: str | None = option(
+        None,
+        "A network of your own, as module:Class; the module may lie in the current folder, and is "
+        "run. It takes clouds [B, N, 3] or [B, 3, N].",
+        panel=_NETWORK,
+    )
+    network_args: str | None = option(
+        None, "What --network is built with, as a JSON object of arguments.", panel=_NETWORK
     )
     width: float = option(
         1.0,
@@ -230,15 +250,34 @@ class ExplainOptions(JobOptions):
         "z", "Axis that points up in the pictures.", panel=_SCORES, choices=("x", "y", "z")
     )
 
-    @property
-    def voxels(self) -> bool:
-        """Whether the file holds voxel grids instead of one cloud."""
-        return Path(self.cloud).name.endswith(_VOXELS)
-
     def check_together(self) -> None:
-        """Refuse the number of a grid where there are none."""
-        if self.item and not self.voxels:
+        """Refuse what has no effect, and clouds whose files would replace one another."""
+        if not self.clouds:
+            raise InputError("CLOUDS is empty: give at least one file.")
+        for cloud in self.clouds:
+            if self.item and not is_voxels(cloud):
+                raise InputError(
+                    f"--item chooses among the voxel grids of a {_VOXELS} file, and {cloud} is one "
+                    "cloud: leave it out."
+                )
+        names = [name_of(cloud) for cloud in self.clouds]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
             raise InputError(
-                f"--item chooses among the voxel grids of a {_VOXELS} file, and {self.cloud} is "
-                "one cloud: leave it out."
+                f"two clouds are called {twice}, as the folders of their results would be: rename "
+                "one, or explain them one by one."
             )
+        if self.network is not None and self.model is not None:
+            raise InputError("--network and --model name two networks: leave one out.")
+        if self.network_args is not None and self.network is None:
+            raise InputError("--network-args has an effect only with --network: leave it out.")
+
+
+def is_voxels(cloud: Path) -> bool:
+    """Whether a file holds voxel grids instead of one cloud."""
+    return Path(cloud).name.endswith(_VOXELS)
+
+
+def name_of(cloud: Path) -> str:
+    """A cloud's name: that of its file, without its ending."""
+    return Path(cloud).name.removesuffix(".gz").rpartition(".")[0] or Path(cloud).name

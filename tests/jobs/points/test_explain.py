@@ -49,9 +49,9 @@ def test_a_page_a_picture_and_a_table_are_written(
 ) -> None:
     pytest.importorskip("plotly")
     out = tmp_path / "made" / "view"
-    options = ExplainOptions(cloud=cloud, weights=weights, measure=measure, refocus=True)
+    options = ExplainOptions(clouds=(cloud,), weights=weights, measure=measure, refocus=True)
     result = explain.run(options, out)
-    assert result.files == ("view.csv", "view.html", "view.png", "result.json")
+    assert result.files == ("view.csv", "view.html", "view.ply", "view.png", "result.json")
     assert Result.load(out / "result.json") == result
     found = result.metrics
     page = (out / "view.html").read_text(encoding="utf-8")
@@ -78,15 +78,15 @@ def test_without_plotly_all_but_the_page_is_written_and_said(
         raise MissingDependency("'plotly' is needed")
 
     monkeypatch.setattr(explain, "write_view", missing)
-    result = explain.run(ExplainOptions(cloud=cloud, weights=weights), tmp_path / "out")
-    assert result.files == ("view.csv", "view.png", "result.json")
+    result = explain.run(ExplainOptions(clouds=(cloud,), weights=weights), tmp_path / "out")
+    assert result.files == ("view.csv", "view.ply", "view.png", "result.json")
     assert result.metrics["left_out"] == {"view.html": "'plotly' is needed"}
 
 
 def test_a_view_is_not_replaced_by_accident(weights: Path, cloud: Path, tmp_path: Path) -> None:
-    options = ExplainOptions(cloud=cloud, weights=weights)
+    options = ExplainOptions(clouds=(cloud,), weights=weights)
     first = explain.run(options, tmp_path / "out")
-    other = ExplainOptions(cloud=cloud, weights=weights, measure="critical++")
+    other = ExplainOptions(clouds=(cloud,), weights=weights, measure="critical++")
     with pytest.raises(InputError, match="finished run: add --overwrite"):
         explain.run(other, tmp_path / "out")
     assert explain.run(options, tmp_path / "out", resume=True).metrics == first.metrics
@@ -97,7 +97,7 @@ def test_a_view_is_not_replaced_by_accident(weights: Path, cloud: Path, tmp_path
 def test_weights_of_others_and_names_of_classes_are_taken(tmp_path: Path, cloud: Path) -> None:
     torch.save(build_network("dgcnn", 3, width=0.25).state_dict(), tmp_path / "w.pt")
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
-    common: dict[str, Any] = {"cloud": cloud, "weights": tmp_path / "w.pt", "points": 60}
+    common: dict[str, Any] = {"clouds": (cloud,), "weights": tmp_path / "w.pt", "points": 60}
     common |= {"axes": "xzy", "up": "y"}
     named = {"model": "dgcnn", "width": 0.25, "classes": tmp_path / "names.txt"}
     result = explain.run(ExplainOptions(**common, **named), None)
@@ -114,7 +114,7 @@ def test_weights_of_others_and_names_of_classes_are_taken(tmp_path: Path, cloud:
 
 def test_as_many_names_as_outputs_are_needed(weights: Path, cloud: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
-    options = ExplainOptions(cloud=cloud, weights=weights, classes=names)
+    options = ExplainOptions(clouds=(cloud,), weights=weights, classes=names)
     with pytest.raises(InputError, match="there is no file --classes"):
         explain.run(options, None)
     names.write_text("one\n\ntwo\n")
@@ -125,18 +125,55 @@ def test_as_many_names_as_outputs_are_needed(weights: Path, cloud: Path, tmp_pat
         explain.run(options, None)
 
 
+def test_several_clouds_have_a_folder_each(weights: Path, cloud: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.xyz"
+    np.savetxt(other, np.random.default_rng(1).normal(size=(60, 3)))
+    out = tmp_path / "out"
+    result = explain.run(ExplainOptions(clouds=(cloud, other), weights=weights), out)
+    names = ("view.csv", "view.html", "view.ply", "view.png")
+    made = {str(p.relative_to(out)) for p in out.rglob("view.*")}
+    assert made >= {f"{name}/{file}" for name in ("cloud", "other") for file in names[::2]}
+    assert set(result.files) == {*made, "result.json"}
+    for path, name in ((cloud, "cloud"), (other, "other")):
+        alone = explain.run(ExplainOptions(clouds=(path,), weights=weights), None)
+        assert result.metrics["clouds"][name] == alone.metrics
+    assert result.data["points"] == {"cloud": 48, "other": 48}
+    with pytest.raises(InputError, match="two clouds are called cloud"):
+        ExplainOptions(clouds=(cloud, tmp_path / "cloud.xyz"), weights=weights)
+
+
+def test_no_cloud_is_begun_before_all_are_read(weights: Path, cloud: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.xyz").write_text("1 2\n")
+    with pytest.raises(InputError, match=r"bad\.xyz"):
+        explain.run(ExplainOptions(clouds=(cloud, tmp_path / "bad.xyz"), weights=weights), "out")
+    assert not Path("out").exists()
+
+
+def test_a_cloud_has_the_points_it_has(weights: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.random.default_rng(0).normal(size=(30, 3)))
+    common: dict[str, Any] = {"clouds": (tmp_path / "c.npy",), "weights": weights}
+    result = explain.run(ExplainOptions(**common), None)
+    assert (result.data["points"], result.data["trained_on"]) == (30, 48)
+    with pytest.raises(InputError, match="has 30 points, fewer than --points 100000"):
+        explain.run(ExplainOptions(**common, points=100_000), None)
+    for content in (np.ones((1, 3)), np.ones((70, 3))):
+        np.save(tmp_path / "c.npy", content)
+        with pytest.raises(InputError, match="is a single place"):
+            explain.run(ExplainOptions(**common), None)
+
+
 def test_a_grid_of_many_is_chosen_by_its_number(weights: Path, tmp_path: Path) -> None:
     grids = np.random.default_rng(0).random((3, 1, 6, 6, 6)) < 0.4
     path = tmp_path / "grids.npy.gz"
     with gzip.open(path, "wb") as stream:
         np.save(stream, grids)
-    explain.run(ExplainOptions(cloud=path, weights=weights, item=2), tmp_path / "out")
+    explain.run(ExplainOptions(clouds=(path,), weights=weights, item=2), tmp_path / "out")
     rows = table(tmp_path / "out" / "view.csv")
     found = torch.tensor([[float(row[axis]) for axis in "xyz"] for row in rows])
     expected = voxel_clouds(load_voxels(path)[2:3], 48, 0)[0]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
     with pytest.raises(InputError, match="--item must be 0 to 2, got 3"):
-        explain.run(ExplainOptions(cloud=path, weights=weights, item=3), None)
+        explain.run(ExplainOptions(clouds=(path,), weights=weights, item=3), None)
 
 
 def test_it_says_so_if_other_axes_suit_the_network_better(tmp_path: Path) -> None:
@@ -157,7 +194,7 @@ def test_it_says_so_if_other_axes_suit_the_network_better(tmp_path: Path) -> Non
 
     def axes(order: str) -> dict[str, Any]:
         options = ExplainOptions(
-            cloud=tmp_path / "c.npy",
+            clouds=(tmp_path / "c.npy",),
             weights=tmp_path / "w.pt",
             points=60,
             width=0.25,
@@ -179,9 +216,9 @@ def test_it_says_so_if_other_axes_suit_the_network_better(tmp_path: Path) -> Non
 
 def test_files_that_are_not_there_are_named(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no file .*b\.pt|b\.pt does not exist"):
-        explain.run(ExplainOptions(cloud=tmp_path / "a.npy", weights=tmp_path / "b.pt"), None)
+        explain.run(ExplainOptions(clouds=(tmp_path / "a.npy",), weights=tmp_path / "b.pt"), None)
     with pytest.raises(InputError, match=r"there is no file .*a\.npy"):
-        explain.run(ExplainOptions(cloud=tmp_path / "a.npy", weights=weights), tmp_path / "out")
+        explain.run(ExplainOptions(clouds=(tmp_path / "a.npy",), weights=weights), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -191,7 +228,7 @@ import sys
 from pathlib import Path
 from cmd_plugin.jobs.points.explain import run
 from cmd_plugin.jobs.points.options import ExplainOptions
-run(ExplainOptions(cloud=Path({str(cloud)!r}), weights=Path({str(weights)!r}), refocus=True),
+run(ExplainOptions(clouds=(Path({str(cloud)!r}),), weights=Path({str(weights)!r}), refocus=True),
     {str(tmp_path / "out")!r})
 loaded = {{name.partition(".")[0] for name in sys.modules}}
 heavy = {{"lightning", "pytorch_lightning", "torchmetrics", "torchvision", "sklearn"}}

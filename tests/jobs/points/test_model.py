@@ -64,6 +64,11 @@ def test_other_files_are_no_networks_of_ours(tmp_path: Path) -> None:
         {"classes": "{"},
         {"classes": "3"},
         {"classes": "[]"},
+        {"classes": '"ab"'},
+        {"classes": '{"a": 1}'},
+        {"classes": "[1, 2]"},
+        {"points": "99999999999"},
+        {"points": "9" * 5000},
         *({name: None} for name in ABOUT),
     ],
 )
@@ -82,4 +87,17 @@ def test_weights_of_another_width_are_refused(tmp_path: Path) -> None:
     about = {**ABOUT, "classes": json.dumps(["a", "b"]), "width": "0.5"}
     _SCHEMA.save(path, build_network("pct", 2, 0.25).state_dict(), about)
     with pytest.raises(StateMismatch):
+        load_point_network(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"width": "1e4"}, {"width": "1e9"}, {"width": "1e300"}, {"classes": json.dumps(["a"] * 9999)}],
+)
+def test_metadata_that_would_fill_the_memory_are_refused_first(
+    changes: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "m.safetensors"
+    _SCHEMA.save(path, build_network("pct", 2, 0.25).state_dict(), {**ABOUT, **changes})
+    with pytest.raises(StateMismatch, match="too few for pct of width"):
         load_point_network(path)

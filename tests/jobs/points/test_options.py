@@ -17,7 +17,7 @@ from cmd_plugin.runs.options import JobOptions, option_fields
 
 
 def explain(**changes: Any) -> ExplainOptions:
-    return ExplainOptions(**{"cloud": Path("a.npy"), "weights": Path("b.pt"), **changes})
+    return ExplainOptions(**{"clouds": (Path("a.npy"),), "weights": Path("b.pt"), **changes})
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_options_that_have_an_effect_are_taken() -> None:
     assert TrainOptions(uncritical=True, fewest=20).fewest == 20
     assert TrainOptions(data="hdf5", data_root="D").data_root == "D"
     assert explain(model="dgcnn", width=0.5).width == 0.5
-    assert explain(cloud=Path("grids.npy.gz"), item=3).item == 3
+    assert explain(clouds=(Path("grids.npy.gz"),), item=3).item == 3
 
 
 def test_defaults_are_those_of_each_job() -> None:
