@@ -14,7 +14,7 @@ from cmd_plugin.errors import StateMismatch
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-__all__ = ["VERSION", "check_version", "copied", "load_raw_weights", "read_checkpoint"]
+__all__ = ["VERSION", "check_version", "copied", "load_raw", "read_checkpoint"]
 
 VERSION = 1
 
@@ -37,7 +37,7 @@ def copied(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_raw_weights(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+def load_raw(pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
     """Load the raw weights of a checkpoint that shows other ones under ``state_dict``."""
     # Lightning's own callback for averages, which uses the same entry, loads them by itself.
     if "current_model_state" in checkpoint and "averaging_state" not in checkpoint:

@@ -144,9 +144,9 @@ class FollowedModule:
             values = self.find_statistics(trainer, pl_module, take_input)
             if values is None and self.statistics.wanted:
                 message = (
-                    "buffers='recalibrate' needs training batches, because the checkpoint holds no "
-                    "statistics for its modelled weights: train on from it, or use buffers='keep' "
-                    "or the raw weights."
+                    "buffers='recalibrate' needs training batches, because no checkpoint holds "
+                    "BatchNorm's statistics for these modelled weights: train on, or use "
+                    "buffers='keep', or the raw weights."
                 )
                 raise InputError(message)
             with ExitStack() as stack:
@@ -172,7 +172,7 @@ class FollowedModule:
         """Remember a training batch; use those it replaces first, if they are still to be used."""
         if self.statistics.would_lose_batches:
             self.find_statistics(trainer, pl_module, take_input)
-        self.statistics.keep(pl_module, batch, trainer.current_epoch, take_input)
+        self.statistics.keep(trainer, pl_module, batch, take_input)
 
     def hide(self) -> None:
         """Put the raw weights back, bit for bit; nothing happens if the module holds them."""

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmd_plugin.callbacks._arguments import whole
 from cmd_plugin.callbacks._second_pass import untouched
 from cmd_plugin.errors import InputError
 from cmd_plugin.modes import OnlineModes
-from cmd_plugin.networks import recalibrated, running_statistics
+from cmd_plugin.networks import recalibrate, recalibrated, running_statistics
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -46,11 +46,13 @@ class ModelledStatistics:
         self.values: dict[str, Tensor] | None = None
         self._recent: deque[tuple[int, Any]] = deque(maxlen=batches)  # with their epochs
         self._before = 0  # how many of them, at the left, came before the snapshot
+        self._frozen: list[nn.Module] = []  # in evaluation mode in training
         self._collects = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the batches behind."""
-        return {**self.__dict__, "_recent": deque(maxlen=self._recent.maxlen), "_before": 0}
+        """Leave batches and modules behind."""
+        fresh = ModelledStatistics(self._recent.maxlen or 1, self.wanted)
+        return {**fresh.__dict__, "values": self.values}
 
     @property
     def would_lose_batches(self) -> bool:
@@ -68,7 +70,11 @@ class ModelledStatistics:
         self._collects = self.wanted and bool(running_statistics(pl_module))
 
     def keep(
-        self, pl_module: LightningModule, batch: Any, epoch: int, take_input: Callable[[Any], Any]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        take_input: Callable[[Any], Any],
     ) -> None:
         """Remember a training batch, for which the oldest one may go.
 
@@ -78,11 +84,13 @@ class ModelledStatistics:
         """
         if not self._collects:
             return
+        if not self._recent or self._recent[-1][0] != trainer.current_epoch:
+            self._frozen = [module for module in pl_module.modules() if not module.training]
         if not self._recent:
-            _rehearse(pl_module, batch, take_input)
+            self._rehearse(trainer, pl_module, batch, take_input)
         if len(self._recent) == self._recent.maxlen:
             self._before = max(0, self._before - 1)
-        self._recent.append((epoch, batch))
+        self._recent.append((trainer.current_epoch, batch))
 
     def drop_before(self, epoch: int) -> None:
         """Forget the batches of earlier epochs: a run that was resumed in between lacks them."""
@@ -96,6 +104,7 @@ class ModelledStatistics:
     def forget_batches(self) -> None:
         """Let all batches go."""
         self._recent.clear()
+        self._frozen = []
         self._before = 0
 
     def estimate(
@@ -127,27 +136,38 @@ class ModelledStatistics:
             # All of them only with a state from a checkpoint that holds no statistics.
             batches = [batch for _, batch in self._recent]
             batches = batches[: self._before] or batches
+            raw = running_statistics(pl_module)
             with (
                 untouched(pl_module),
                 trainer.precision_plugin.forward_context(),
-                modes.swap(pl_module, recalibrate=map(take_input, batches)),
+                modes.swap(pl_module, statistics=raw),
             ):
+                recalibrate(pl_module, map(take_input, batches), frozen=self._frozen)
                 self.values = _collect(trainer, pl_module)
         return self.values
 
-
-def _rehearse(pl_module: LightningModule, batch: Any, take_input: Callable[[Any], Any]) -> None:
-    try:
-        with untouched(pl_module), recalibrated(pl_module, [take_input(batch)]):
-            pass
-    except Exception as error:
-        message = (
-            "CMDCallback(buffers='recalibrate') estimates BatchNorm's statistics by calling the "
-            f"module with the input of training batches, and that failed with {error!r}: give the "
-            "module a forward, override CMDCallback.recalibration_input, or choose buffers='keep' "
-            "or buffers='model'."
-        )
-        raise InputError(message) from error
+    def _rehearse(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        take_input: Callable[[Any], Any],
+    ) -> None:
+        try:
+            with (
+                untouched(pl_module),
+                trainer.precision_plugin.forward_context(),
+                recalibrated(pl_module, [take_input(batch)], frozen=self._frozen),
+            ):
+                pass
+        except Exception as error:
+            message = (
+                "CMDCallback(buffers='recalibrate') estimates BatchNorm's statistics by calling "
+                f"the module with the input of training batches, and that failed with {error!r}: "
+                "give the module a forward, override CMDCallback.recalibration_input, or choose "
+                "buffers='keep' or buffers='model'."
+            )
+            raise InputError(message) from error
 
 
 def _collect(trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:

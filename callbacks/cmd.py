@@ -12,12 +12,7 @@ import torch
 from typing_extensions import override
 
 from cmd_plugin.callbacks._arguments import fraction, one_of, patterns, whole
-from cmd_plugin.callbacks._checkpoint import (
-    VERSION,
-    check_version,
-    load_raw_weights,
-    read_checkpoint,
-)
+from cmd_plugin.callbacks._checkpoint import VERSION, check_version, load_raw, read_checkpoint
 from cmd_plugin.callbacks._far_worse import warn_when_far_worse
 from cmd_plugin.callbacks._followed import FollowedModule
 from cmd_plugin.callbacks._lightning import Callback
@@ -159,8 +154,7 @@ class CMDCallback(Callback):
     ) -> None:
         super().__init__()
         self.mode = one_of("mode", mode, ("online", "embedded"))
-        schedule = (embed_every, embed_percent, relative, project, slots)
-        self.embedding = embedding_of(self.mode, *schedule)
+        self.embedding = embedding_of(mode, embed_every, embed_percent, relative, project, slots)
         self.number_of_modes = whole("modes", modes, 1, 256)
         self.warmup = warmup if 0 < warmup < 1 else whole("warmup", warmup, 2)
         self.samples = whole("samples", samples, 1)
@@ -178,8 +172,8 @@ class CMDCallback(Callback):
         self.profile = one_of("profile", profile, ("reference", "mean"))
         self.shrink = shrink
         self.forgetting = fraction("forgetting", forgetting)
-        kinds = ("raw", "modelled")
-        self.checkpoint_weights = one_of("checkpoint_weights", checkpoint_weights, kinds)
+        weights = one_of("checkpoint_weights", checkpoint_weights, ("raw", "modelled"))
+        self.checkpoint_weights = weights
         self.prefix = prefix
         self.prog_bar = prog_bar
 
@@ -452,7 +446,7 @@ class CMDCallback(Callback):
         """Take raw weights where the checkpoint shows modelled ones; forget what is not in it."""
         self._offered = True
         if self.state_key in checkpoint.get("callbacks", {}):
-            load_raw_weights(pl_module, checkpoint)
+            load_raw(pl_module, checkpoint)
         else:
             self._followed.forget()  # what we know belongs to other weights than the checkpoint's
             self._schedule.restored = False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.networks.measuring import kept_buffers, undisturbed
@@ -17,7 +17,12 @@ from cmd_plugin.networks.names import clean_name
 __all__ = ["load_statistics", "recalibrate", "recalibrated", "running_statistics"]
 
 
-def recalibrate(model: nn.Module, batches: Iterable[object] | None) -> None:
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[object] | None,
+    *,
+    frozen: Collection[nn.Module] = (),
+) -> None:
     """Re-estimate BatchNorm's running statistics, in place, for the weights the model has now.
 
     They become the plain mean over the batches (each counts the same) of what the layers see in
@@ -25,26 +30,39 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None) -> None:
     error: training flags, momenta, all other buffers, gradients and the global random state.
     Without BatchNorm layers that keep statistics nothing happens, and no batch is taken.
 
+    Layers that are in evaluation mode in training keep their statistics, and use them meanwhile:
+    those that the model's own ``train()`` leaves there, and those in ``frozen``.
+
     Args:
         model: Any network, for example one that holds averaged weights.
         batches: Input batches, tensors of what the model takes; of a list or tuple the first entry
             is the input.
+        frozen: Modules of the model to have in evaluation mode, each for itself.
 
     Raises:
         InputError: If there is no batch, or one is not a tensor; the statistics are as before then.
     """
-    layers = _layers(model)
-    if not layers:
+    if not _layers(model):
         return
-    # Also of layers without statistics, whose momentum update_bn changes as well.
-    momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm)}
-    statistics = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
     with undisturbed(model, evaluation=False):
+        model.train()
+        for module in frozen:
+            module.training = False
+        layers = [layer for layer in _layers(model) if layer.training]
+        if not layers:
+            return
+        momenta = [layer.momentum for layer in layers]
+        device = _device(model)
         try:
-            update_bn(_checked(batches), model, _device(model))
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # the mean over all batches
+            for batch in _checked(batches):
+                model(batch if device is None else batch.to(device))
         finally:
-            for layer, momentum in momenta.items():
+            for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
+        statistics = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
         estimates = [buffer.clone() for buffer in statistics]
     with torch.no_grad():
         for buffer, estimate in zip(statistics, estimates, strict=True):
@@ -52,18 +70,24 @@ def recalibrate(model: nn.Module, batches: Iterable[object] | None) -> None:
 
 
 @contextmanager
-def recalibrated(model: nn.Module, batches: Iterable[object] | None) -> Iterator[None]:
+def recalibrated(
+    model: nn.Module,
+    batches: Iterable[object] | None,
+    *,
+    frozen: Collection[nn.Module] = (),
+) -> Iterator[None]:
     """Recalibrate a model inside the ``with`` block; the old statistics are back on exit.
 
     Args:
         model: The model.
         batches: Input batches, see :func:`recalibrate`.
+        frozen: Modules to have in evaluation mode meanwhile, see :func:`recalibrate`.
 
     Raises:
         InputError: As :func:`recalibrate`.
     """
     with kept_buffers(_layers(model)):
-        recalibrate(model, batches)
+        recalibrate(model, batches, frozen=frozen)
         yield
 
 
@@ -111,7 +135,7 @@ def _device(model: nn.Module) -> torch.device | None:
     return None if parameter is None else parameter.device
 
 
-def _checked(batches: Iterable[object] | None) -> Iterator[object]:
+def _checked(batches: Iterable[object] | None) -> Iterator[Any]:
     """The inputs alone; an error where they are none, or no tensors."""
     if batches is None:
         raise InputError(

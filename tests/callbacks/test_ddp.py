@@ -68,7 +68,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return {name: (first, second) for name, (first, second) in found.items()}
 
 
-@pytest.mark.parametrize("case", ["plain", "namespace", "tied"])
+@pytest.mark.parametrize("case", ["plain", "namespace", "tied", "pooled"])
 def test_two_processes_equal_one(results: Results, case: str) -> None:
     """Same batches, so the same run up to the order in which gradients are summed."""
     first, second = results[case]
@@ -80,7 +80,7 @@ def test_two_processes_equal_one(results: Results, case: str) -> None:
     one, two = alone["state"]["modes"]["tracker"], first["state"]["modes"]["tracker"]
     assert torch.equal(one["references"], two["references"])
     assert torch.equal(one["mode"], two["mode"])
-    if case == "tied":  # oracle 20: the same members, whatever the rounding of the sums
+    if case in ("tied", "pooled"):  # the same members, whatever the rounding of the sums
         one, two = alone["state"]["modes"]["embedder"], first["state"]["modes"]["embedder"]
         assert torch.equal(one["embedded"], two["embedded"])
         assert one["embedded"].float().mean() > 0.5
@@ -101,6 +101,24 @@ def test_both_ranks_have_the_same_state(results: Results, case: str) -> None:
     assert first["state"]["modes"]["updates"] == 6
     assert same(first["state"], second["state"])
     assert torch.equal(first["modelled"], second["modelled"])
+
+
+def test_recalibrated_statistics_are_those_of_all_processes(results: Results) -> None:
+    """Each process has batches of its own; what is shown and saved is the mean over both."""
+    first, second = results["recalibrated"]
+    assert not torch.equal(first["mean"], second["mean"])
+    statistics = first["state"]["statistics"]
+    assert {name.rpartition(".")[2] for name in statistics} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+    assert same(statistics, second["state"]["statistics"])
+    own = [rank["own_statistics"] for rank in (first, second)]
+    assert not same(own[0], own[1])
+    for name in ("net.1.running_mean", "net.1.running_var"):
+        assert torch.allclose(statistics[name], (own[0][name] + own[1][name]) / 2, rtol=1e-6)
+    assert first["metrics"]["cmd/val_loss"] == second["metrics"]["cmd/val_loss"]
 
 
 def test_embedded_statistics_agree_between_processes(results: Results) -> None:

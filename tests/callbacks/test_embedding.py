@@ -83,7 +83,7 @@ def by_hand(
     return modes
 
 
-@pytest.mark.parametrize("project", ["epoch", "step", "tie"])
+@pytest.mark.parametrize("project", ["epoch", "step", "tie", "pool"])
 @pytest.mark.parametrize("slots", ["leave", "zero"])
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, 0.05)])
 def test_it_equals_a_loop_written_by_hand(
@@ -99,9 +99,9 @@ def test_it_equals_a_loop_written_by_hand(
     assert same(modes.state_dict(), expected.state_dict())
 
 
-def test_the_three_projections_are_three_trainings() -> None:
+def test_the_four_projections_are_four_trainings() -> None:
     results = []
-    for project in ("epoch", "step", "tie"):
+    for project in ("epoch", "step", "tie", "pool"):
         module = make_module(norm=False, dropout=0.0)
         fit(module, Counting(**EMBEDDED, project=project))
         results.append(flat(module))
@@ -138,8 +138,8 @@ class Watching(Counting):
             self.at_epoch.append((weights, before[0], line(modes, weights)))
 
 
-@pytest.mark.parametrize("project", ["epoch", "step", "tie"])
-def test_oracle_15_embedded_weights_lie_on_their_lines(project: Any) -> None:
+@pytest.mark.parametrize("project", ["epoch", "step", "tie", "pool"])
+def test_embedded_weights_lie_on_their_lines(project: Any) -> None:
     callback = Watching(**EMBEDDED, project=project)
     fit(make_module(norm=False), callback)
     assert callback.at_epoch[-1][1].any()
@@ -158,7 +158,7 @@ def test_oracle_15_embedded_weights_lie_on_their_lines(project: Any) -> None:
         assert off == [12, 24]
 
 
-@pytest.mark.parametrize("project", ["epoch", "step", "tie"])
+@pytest.mark.parametrize("project", ["epoch", "step", "tie", "pool"])
 def test_what_it_logs(namespace: str, project: Any) -> None:
     callback = CMDCallback(**{**SMALL, **EMBEDDED}, project=project)
     trainer = make_trainer(callback, namespace=namespace, max_epochs=EPOCHS)
@@ -244,7 +244,7 @@ class TwoOptimizers(Toy):
         return [torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.9) for p in (first, last)]
 
 
-@pytest.mark.parametrize("project", ["step", "tie"])
+@pytest.mark.parametrize("project", ["step", "tie", "pool"])
 def test_every_step_of_every_optimizer_counts(project: Any) -> None:
     module = make_module(kind=TwoOptimizers, norm=False, dropout=0.0)
     callback = Counting(**EMBEDDED, project=project)
@@ -285,7 +285,7 @@ class Exploding(Toy):
         return super().training_step(batch, batch_idx) * factor
 
 
-@pytest.mark.parametrize("project", ["epoch", "step", "tie"])
+@pytest.mark.parametrize("project", ["epoch", "step", "tie", "pool"])
 def test_a_diverged_run_ends_with_one_sentence(project: Any) -> None:
     module = make_module(kind=Exploding, norm=False)
     callback = Counting(**EMBEDDED, project=project)

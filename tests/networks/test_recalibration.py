@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from sentences import assert_one_sentence
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cmd_plugin.errors import InputError
-from cmd_plugin.networks import recalibrate, recalibrated
+from cmd_plugin.errors import InputError, StateMismatch
+from cmd_plugin.networks import (
+    load_statistics,
+    recalibrate,
+    recalibrated,
+    running_statistics,
+)
 
 
 class Oops(Exception):
@@ -130,6 +136,74 @@ def test_averaged_weights_as_torch_does_it() -> None:
     ours = [buffer.clone() for buffer in average.module.norm.buffers()]
     torch.optim.swa_utils.update_bn(batches, average)
     assert all(map(torch.equal, ours, average.module.norm.buffers()))
+
+
+class Stubborn(Network):
+    """Keeps one of its layers in evaluation mode, as many a fine-tuning does."""
+
+    def train(self, mode: bool = True) -> Stubborn:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+@pytest.mark.parametrize("by", ["train()", "frozen"])
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_frozen_in_training_keep_and_use_their_statistics(by: str, training: bool) -> None:
+    network = Stubborn() if by == "train()" else Network()
+    network(images(5, 0)).sum().backward()
+    network.norm.running_mean += 1.0
+    network.train(training)
+    before = state_of(network)
+    batches = [images(5, 1), images(8, 2)]
+    recalibrate(network, batches, frozen=() if by == "train()" else [network.norm])
+    assert differences(before, state_of(network)) == {n for n in STATISTICS if "second" in n}
+    with torch.no_grad():
+        network.norm.eval()
+        inner = [network.norm(network.conv(batch)).relu() for batch in batches]
+    torch.testing.assert_close(network.second.running_mean, moments(inner)[0])
+    torch.testing.assert_close(network.second.running_var, moments(inner)[1])
+
+
+def test_where_all_layers_are_frozen_no_batch_is_taken() -> None:
+    network = trained()
+    before, batches = state_of(network), iter([images(5, 1)])
+    recalibrate(network, batches, frozen=[network.norm, network.second])
+    assert differences(before, state_of(network)) == set()
+    assert len(list(batches)) == 1
+
+
+def test_statistics_are_read_and_written_by_cleaned_name() -> None:
+    network, other = trained(), trained()
+    recalibrate(network, [images(5, 7)])
+    found = {name: value.clone() for name, value in running_statistics(network).items()}
+    assert found.keys() == STATISTICS
+    compiled = torch.compile(other, backend="eager")
+    assert running_statistics(compiled).keys() == STATISTICS
+    places = [buffer.data_ptr() for buffer in other.buffers()]
+    load_statistics(compiled, found)
+    assert [buffer.data_ptr() for buffer in other.buffers()] == places
+    assert all(torch.equal(found[n], value) for n, value in running_statistics(other).items())
+    assert running_statistics(nn.Linear(2, 2)) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"norm.running_mean": torch.zeros(5)}, ("'norm.running_mean'", "(5,)", "(4,)")),
+        ({"third.running_mean": torch.zeros(4)}, ("'third.running_mean'", "(4,)", "None")),
+        ({"norm.running_var": None}, ("'norm.running_var'", "None", "(4,)")),
+    ],
+)
+def test_statistics_of_another_model_are_refused(change: Any, parts: tuple[str, ...]) -> None:
+    network = trained()
+    values = {name: value + 1 for name, value in running_statistics(network).items()}
+    values = {n: v for n, v in {**values, **change}.items() if v is not None}
+    before = state_of(network)
+    with pytest.raises(StateMismatch) as caught:
+        load_statistics(network, values)
+    assert_one_sentence(caught.value, *parts)
+    assert differences(before, state_of(network)) == set()
 
 
 def test_recalibrated_puts_everything_back() -> None:
