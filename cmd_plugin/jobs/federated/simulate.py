@@ -148,7 +148,9 @@ def make_server_app() -> ServerApp:
 
 
 def _check(options: SimulateOptions) -> None:
-    """Let data, partition and model fail before anything is written."""
+    """Let engine, data, partition and model fail before anything is written."""
+    if options.engine == "ray":
+        require("ray", "federated")
     held_out_images(options)
     for number in range(options.clients):
         part_of(options, number)
@@ -229,7 +231,6 @@ def _read_model(path: Path) -> dict[str, Tensor]:
 
 
 def _on_ray(options: SimulateOptions, train_on: Callable[[Grid], Federation]) -> Federation:
-    require("ray", "federated")
     from flwr.simulation import run_simulation
 
     app = ServerApp()
