@@ -90,8 +90,8 @@ class CMDCallback(EmbeddedTraining):
             ``"recalibrate"`` them on the latest training batches, or ``"keep"`` the raw run's. The
             first is the authors' way and needs nothing; the second was clearly better on every
             network measured (``benchmarks/results``) but needs batches of this process's training.
-        include: Patterns of parameter names to model; all when empty.
-        exclude: Patterns of parameter names to leave raw.
+        include: Globs (``net.*``) of parameter names to model; all when empty.
+        exclude: Globs of parameter names to leave raw.
         profile: ``"reference"`` (one weight per mode) or ``"mean"`` of the mode's samples.
         shrink: Whether to shrink each weight's scale by its squared correlation with its profile.
         forgetting: Forgetting factor in (0, 1]; 1 weighs all history equally.
