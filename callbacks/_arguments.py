@@ -42,6 +42,6 @@ def one_of(name: str, value: _Choice, choices: tuple[str, ...]) -> _Choice:
 def patterns(name: str, value: Iterable[str]) -> tuple[str, ...]:
     """Return ``value`` as a tuple of strings; a lone string would be read letter by letter."""
     if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
-        message = f"{name} must be a list of patterns, such as ['net.*']; it is {value!r}."
+        message = f"{name} must be a list of patterns (globs), such as ['net.*']; it is {value!r}."
         raise InputError(message)
     return tuple(value)

@@ -95,8 +95,8 @@ class CMDCallback(Callback):
         store_device: Device of the warm-up store, e.g. ``"cpu"``; None keeps it with the weights.
         buffers: BatchNorm statistics of modelled weights: ``"recalibrate"`` them on training
             batches, ``"model"`` them like weights (the authors' way) or ``"keep"`` the raw run's.
-        include: Patterns of parameter names to model; all when empty.
-        exclude: Patterns of parameter names to leave raw.
+        include: Globs (``net.*``) of parameter names to model; all when empty.
+        exclude: Globs of parameter names to leave raw.
         profile: ``"reference"`` (one weight per mode) or ``"mean"`` of the mode's samples.
         shrink: Whether to shrink each weight's scale by its squared correlation with its profile.
         forgetting: Forgetting factor in (0, 1]; 1 weighs all history equally.

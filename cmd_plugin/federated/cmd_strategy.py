@@ -59,8 +59,8 @@ class CMDStrategy(FrameStrategy):
             by what that one weight did. With ``project="step"`` every optimizer step is projected
             like this. Costs no bytes.
         seed: Seed of the draw of the samples.
-        include: Shell-style patterns on names of arrays to model; empty means all.
-        exclude: Shell-style patterns on names of arrays to send as they are.
+        include: Globs (``conv*``) on names of arrays to model; empty means all.
+        exclude: Globs (``conv*``) on names of arrays to send as they are.
         statistics: BatchNorm's running statistics, ``"average"`` or ``"local"``.
 
     Raises:

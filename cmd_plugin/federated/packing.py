@@ -72,8 +72,8 @@ class Packing:
 
         Args:
             arrays: Name -> array, as of a model's ``state_dict``.
-            include: Shell-style patterns on names to model; empty means all.
-            exclude: Shell-style patterns on names to leave out, and to send as they are.
+            include: Globs (``conv*``) on names to model; empty means all.
+            exclude: Globs (``conv*``) on names to leave out, and to send as they are.
             statistics: BatchNorm's: ``"average"`` them like weights (FedAvg), or keep them
                 ``"local"`` to each client.
 

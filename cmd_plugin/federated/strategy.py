@@ -90,8 +90,8 @@ class FrameStrategy(Strategy):
 
     Args:
         inner: The strategy that aggregates.
-        include: Shell-style patterns on names of arrays to model; empty means all.
-        exclude: Shell-style patterns on names of arrays to send as they are.
+        include: Globs (``conv*``) on names of arrays to model; empty means all.
+        exclude: Globs (``conv*``) on names of arrays to send as they are.
         statistics: BatchNorm's running statistics: ``"average"`` them like FedAvg does, or leave
             them ``"local"`` to each client; the server's then stay those of the initial model.
 

@@ -45,10 +45,10 @@ class DecomposeOptions(JobOptions):
         positional=True,
     )
     include: tuple[str, ...] = option(
-        (), "Only tensors whose name matches (repeatable).", panel=_TENSORS
+        (), "Glob: only tensors whose name it matches, as conv* (repeatable).", panel=_TENSORS
     )
     exclude: tuple[str, ...] = option(
-        (), "No tensor whose name matches (repeatable).", panel=_TENSORS
+        (), "Glob: no tensor whose name it matches (repeatable).", panel=_TENSORS
     )
     buffers: str = option(
         "model",

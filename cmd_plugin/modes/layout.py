@@ -221,8 +221,8 @@ def named_weights(
 
     Args:
         source: Model or state_dict.
-        include: Shell-style patterns on names; empty means all.
-        exclude: Shell-style patterns on names, applied after ``include``.
+        include: Globs (``conv*``) on names; empty means all.
+        exclude: Globs (``conv*``) on names, applied after ``include``.
         buffers: ``"model"``, ``"recalibrate"`` or ``"keep"``; only the first models the running
             statistics.
 
@@ -264,7 +264,7 @@ def named_weights(
     if not chosen:
         raise InputError(
             f"no floating weights are left to model (include={list(include)}, "
-            f"exclude={list(exclude)}): widen the patterns or unfreeze parameters."
+            f"exclude={list(exclude)}): widen the globs or unfreeze parameters."
         )
     return chosen, aliases
 

@@ -68,8 +68,8 @@ class OnlineModes:
             from batches that :meth:`swap` is given; ``"model"`` them (the authors' code; variances
             are kept from going negative), which can put a good network at chance; or ``"keep"``
             those of the raw run. Without BatchNorm all three are the same.
-        include: Shell-style patterns on parameter names; empty means all.
-        exclude: Shell-style patterns on parameter names to leave out.
+        include: Globs (``conv*``) on parameter names; empty means all.
+        exclude: Globs (``conv*``) on parameter names to leave out.
         profile: What a mode follows: its ``"reference"`` weight (the paper), or the ``"mean"`` of
             its sampled weights.
         shrink: Multiply each weight's scale by its squared correlation with its profile (beyond the

@@ -62,8 +62,8 @@ def decompose(
             tensor is used as it is.
         buffers: ``"model"`` decomposes BatchNorm's running statistics too (as the authors' code
             does), ``"keep"`` leaves them out.
-        include: Shell-style patterns on tensor names; empty means all.
-        exclude: Shell-style patterns on tensor names to leave out.
+        include: Globs (``conv*``) on tensor names; empty means all.
+        exclude: Globs (``conv*``) on tensor names to leave out.
         profile: ``"reference"`` (the paper) or ``"mean"``; see
             :func:`cmd_plugin.modes.choice.choose_modes`.
         shrink: Multiply each weight's scale by its squared correlation with its profile (beyond the
