@@ -54,7 +54,8 @@ def class_evidence(
             raise ShapeError(f"scores of a cloud must be [1, classes], got {tuple(whole.shape)}.")
         if not 0 <= label < whole.shape[1]:
             raise InputError(f"there is no class {label}: the network has {whole.shape[1]}.")
-        for left_out in torch.arange(count, device=points.device).split(batch_size):
+        for start in range(0, count, batch_size):
+            left_out = torch.arange(start, min(start + batch_size, count), device=points.device)
             kept = others + (others >= left_out.unsqueeze(1)).long()
             parts.append(scores_of(forward(model, points[kept]))[:, label])
     return whole[0, label] - torch.cat(parts)
