@@ -44,6 +44,8 @@ def _show_cloud(
         console.print(f"{focus} {points}")
     if trained_on is not None and points < trained_on:
         console.print(f"points: {points}, while the network was trained on {trained_on}")
+    if "evidence_for" in found:
+        console.print(f"evidence: what {found['evidence_for']} loses without each point")
     if "refocused" in found:
         again = found["refocused"]
         console.print(f"refocused on {again['kept']} points: {_answer(again)}")

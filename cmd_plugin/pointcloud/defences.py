@@ -161,7 +161,7 @@ class Defences(nn.Module):
         state, about = _SCHEMA.load(path)
         try:
             then = dict(json.loads(about["settings"]))
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is damaged (its settings): copy or make it again.") from error
         now = json.loads(_text(settings))
         for name in sorted({*then, *now}):
@@ -170,10 +170,10 @@ class Defences(nn.Module):
                     f"{path} was trained under {name}={then.get(name)}, asked for is "
                     f"{now.get(name)}: use the same settings, or train anew in another folder."
                 )
-        own = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        if own != {name: tensor.shape for name, tensor in state.items()}:
+        own = {name: (tensor.shape, tensor.dtype) for name, tensor in self.state_dict().items()}
+        if own != {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}:
             raise StateMismatch(
-                f"{path} holds other networks: names or shapes of their weights differ."
+                f"{path} holds other networks: names, shapes or types of their weights differ."
             )
         self.load_state_dict(state)
         return tuple(stage for stage in STAGES if stage in about.get("finished", "").split(","))

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from cmd_plugin.errors import InputError
+from cmd_plugin.pointcloud import FocusReference, build_network
+from cmd_plugin.pointcloud.defences import initial_defences
 from cmd_plugin.pointcloud.files import load_cloud, load_hdf5, load_voxels
-from tests.helpers.damage import refuses_damaged
+from tests.helpers.damage import MUTATIONS, refuses_damaged
 from tests.pointcloud.test_files import compressed
 
 CLOUD = np.random.default_rng(0).normal(size=(30, 3)).round(3).astype(np.float32)
@@ -111,3 +116,37 @@ def test_a_damaged_hdf5_file_is_read_or_refused(tmp_path: Path) -> None:
         data = np.random.default_rng(0).normal(size=(3, 20, 3)).astype(np.float32)
         file.create_dataset("data", data=data, compression="gzip")
     assert refuses_damaged(path, path.read_bytes(), lambda path: load_hdf5([path])) > 20
+
+
+def test_a_damaged_focus_reference_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "focus.safetensors"
+    FocusReference(40).save(path)
+    whole = path.read_bytes()
+
+    def read(path: Path) -> None:
+        FocusReference.load(path).state_dict()
+
+    assert refuses_damaged(path, whole, read, mutations=min(MUTATIONS, 400)) > 20
+
+
+def test_damaged_defences_are_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "networks.safetensors"
+    settings = {"model": "pointnet", "seed": 0}
+
+    def make() -> nn.Module:
+        return build_network("pointnet", 2, 0.0625)
+
+    initial_defences(make, 32, 0).save(path, settings)
+    fresh = initial_defences(make, 32, 1)
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+
+    def read(path: Path) -> None:
+        try:
+            fresh.load(path, settings)
+        except InputError:  # whole or not at all
+            for name, tensor in fresh.state_dict().items():
+                torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+            raise
+        before.update({name: tensor.clone() for name, tensor in fresh.state_dict().items()})
+
+    assert refuses_damaged(path, path.read_bytes(), read, mutations=min(MUTATIONS, 400)) > 20

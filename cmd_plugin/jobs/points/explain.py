@@ -13,6 +13,7 @@ from cmd_plugin.jobs.points.network import Explained, find_network
 from cmd_plugin.jobs.points.options import ExplainOptions, is_voxels, name_of
 from cmd_plugin.pointcloud import point_importance, refocus, unit_sphere
 from cmd_plugin.pointcloud.axes import axis_doubt, axis_orders
+from cmd_plugin.pointcloud.class_evidence import class_evidence
 from cmd_plugin.pointcloud.files import load_cloud, load_voxels, voxel_clouds
 from cmd_plugin.pointcloud.plots import plot_views, write_ply, write_view
 from cmd_plugin.runs.figures import save_figure
@@ -56,14 +57,17 @@ def run(
     Returns:
         The network's ``answer`` and its ``probability``; ``entropy`` and ``critical_points`` of the
         counts, None if the network has no maximum to count at; the answer ``refocused``, if asked
-        for; what the ``scores_hold_for``; the ``axes``, and others that suit the network better;
-        what was ``left_out`` and why. Of several clouds that by name, under ``clouds``.
+        for; what the ``scores_hold_for``, and the class of the column ``evidence``, if asked for;
+        the ``axes``, and others that suit the network better; what was ``left_out`` and why. Of
+        several clouds that by name, under ``clouds``.
 
     Raises:
         InputError: If a cloud, the weights or the folder cannot be used; all clouds are read first.
         StateMismatch: If the weights do not fit the network.
     """
     explained = find_network(options)
+    if options.of_class is not None:
+        _label(options.of_class, explained.classes)  # refused before anything is done
     size = options.points or explained.trained_on or _POINTS
     clouds = {name_of(path): _cloud(options, Path(path), size) for path in options.clouds}
     several = len(clouds) > 1
@@ -169,10 +173,30 @@ def _score(
         columns.setdefault("critical++", counted.wins[0].to(seen.norm.dtype))
         found["entropy"] = float(counted.entropy[0])
         found["critical_points"] = int((counted.wins[0] > 0).sum())
+    if options.of_class is not None:
+        label = _label(options.of_class, classes)
+        columns["evidence"] = class_evidence(network, places, label)
+        found["evidence_for"] = classes[label]
     if options.refocus:
         again = refocus(network, batch)
         found["refocused"] = {**_answer(again.output[0], classes), "kept": int(again.kept.sum())}
     return _Scored(columns, found, left_out)
+
+
+def _label(name: str, classes: tuple[str, ...]) -> int:
+    """The number of a class that is given by its name or number.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if name in classes:
+        return classes.index(name)
+    if name.isdecimal() and len(name) < 10 and int(name) < len(classes):
+        return int(name)
+    raise InputError(
+        f"--of-class {name} is none of the {len(classes)} classes: give a name ({classes[0]}, ...) "
+        "or a number from 0."
+    )
 
 
 def _answer(output: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -180,8 +180,9 @@ class ExplainOptions(JobOptions):
 
     Writes a self-contained interactive page (view.html), a picture (view.png), the cloud coloured
     by the measure (view.ply) and the scores of every point (view.csv); of several clouds in a
-    folder for each. The scores hold for the network's whole output, not for one class. Says so if
-    the network is much surer of its answer with the cloud's axes in another order.
+    folder for each. The measures hold for the network's whole output; --of-class scores points for
+    one class. Says so if the network is much surer of its answer with the cloud's axes in another
+    order.
 
     Examples:
       cmd-plugin points explain chair.ply --weights out/points-train/model.safetensors
@@ -244,6 +245,12 @@ class ExplainOptions(JobOptions):
         "many it wins: finds outliers) or entropy (its part in how they are spread).",
         panel=_SCORES,
         choices=MEASURES,
+    )
+    of_class: str | None = option(
+        None,
+        "Also score the points by what this class's own output loses without each of them (its "
+        "name, or number from 0): as many passes as points.",
+        panel=_SCORES,
     )
     refocus: bool = option(False, "Also answer without the points that dominate.", panel=_SCORES)
     up: str = option(

@@ -142,6 +142,21 @@ def test_several_clouds_have_a_folder_each(weights: Path, cloud: Path, tmp_path:
         ExplainOptions(clouds=(cloud, tmp_path / "cloud.xyz"), weights=weights)
 
 
+def test_points_are_scored_for_one_class(weights: Path, cloud: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"clouds": (cloud,), "weights": weights}
+    for name in ("bee", "1"):
+        out = tmp_path / name
+        found = explain.run(ExplainOptions(**common, of_class=name), out).metrics
+        assert found["evidence_for"] == "bee"
+        rows = table(out / "view.csv")
+        losers = [row for row in rows if float(row["critical++"]) == 0]
+        assert any(float(row["evidence"]) != 0 for row in rows)
+        # A PointNet is point-wise: without a point that wins nothing it answers as before.
+        assert all(abs(float(row["evidence"])) < 1e-5 for row in losers)
+    with pytest.raises(InputError, match="--of-class wasp is none of the 3 classes"):
+        explain.run(ExplainOptions(**common, of_class="wasp"), None)
+
+
 def test_no_cloud_is_begun_before_all_are_read(weights: Path, cloud: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.xyz").write_text("1 2\n")
     with pytest.raises(InputError, match=r"bad\.xyz"):
