@@ -19,6 +19,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict  # noqa: E402 after
 from cmd_plugin.federated.frame import Frame  # noqa: E402
 
 __all__ = [
+    "FRAME_TYPE",
     "RESYNC",
     "UNUSABLE",
     "dense_record",

@@ -62,6 +62,8 @@ class APFStrategy(FrameStrategy):
         aggressive: A-APF: also freeze each moving weight for one round with probability 1/2.
         seed: Seed of that.
         statistics: BatchNorm's running statistics, ``"average"`` or ``"local"``.
+        max_examples: As in :class:`FrameStrategy`.
+        max_update_ratio: As in :class:`FrameStrategy`.
 
     Attributes:
         mask_bytes: Bytes of masks sent so far.
@@ -84,8 +86,15 @@ class APFStrategy(FrameStrategy):
         aggressive: bool = False,
         seed: int = 0,
         statistics: str = "average",
+        max_examples: float = 1e9,
+        max_update_ratio: float | None = 100.0,
     ) -> None:
-        super().__init__(inner, statistics=statistics)
+        super().__init__(
+            inner,
+            statistics=statistics,
+            max_examples=max_examples,
+            max_update_ratio=max_update_ratio,
+        )
         if not threshold > 0.0:
             raise InputError(f"threshold must be above 0, got {threshold!r}.")
         if not 0.0 < decay < 1.0:
@@ -204,10 +213,25 @@ class TopKStrategy(FrameStrategy):
         inner: The strategy that samples and aggregates.
         share: Share of the weights in each message, in (0, 1).
         statistics: BatchNorm's running statistics, ``"average"`` or ``"local"``.
+        max_examples: As in :class:`FrameStrategy`.
+        max_update_ratio: As in :class:`FrameStrategy`.
     """
 
-    def __init__(self, inner: Strategy, *, share: float = 0.1, statistics: str = "average") -> None:
-        super().__init__(inner, statistics=statistics)
+    def __init__(
+        self,
+        inner: Strategy,
+        *,
+        share: float = 0.1,
+        statistics: str = "average",
+        max_examples: float = 1e9,
+        max_update_ratio: float | None = 100.0,
+    ) -> None:
+        super().__init__(
+            inner,
+            statistics=statistics,
+            max_examples=max_examples,
+            max_update_ratio=max_update_ratio,
+        )
         if not 0.0 < share < 1.0:
             raise InputError(f"share must lie in (0, 1), got {share!r}.")
         self.share = share
@@ -275,10 +299,25 @@ class FedPAQStrategy(FrameStrategy):
         inner: The strategy that samples and aggregates.
         bits: Bits of a difference, 8 or 4.
         statistics: BatchNorm's running statistics, ``"average"`` or ``"local"``.
+        max_examples: As in :class:`FrameStrategy`.
+        max_update_ratio: As in :class:`FrameStrategy`.
     """
 
-    def __init__(self, inner: Strategy, *, bits: int = 8, statistics: str = "average") -> None:
-        super().__init__(inner, statistics=statistics)
+    def __init__(
+        self,
+        inner: Strategy,
+        *,
+        bits: int = 8,
+        statistics: str = "average",
+        max_examples: float = 1e9,
+        max_update_ratio: float | None = 100.0,
+    ) -> None:
+        super().__init__(
+            inner,
+            statistics=statistics,
+            max_examples=max_examples,
+            max_update_ratio=max_update_ratio,
+        )
         self.bits = check_bits(bits)
         self._settings |= {"bits": bits}
 

@@ -22,12 +22,13 @@ from cmd_plugin.federated.frame import FLAG_POOL, FrameError, NeedResync
 from cmd_plugin.federated.packing import Flat
 from cmd_plugin.federated.values import Received
 
-__all__ = ["cmd_mod", "load_codec", "load_request", "project_mod"]
+__all__ = ["cmd_mod", "load_codec", "load_request", "note_obeyed", "project_mod"]
 
 _STATE = "cmd-plugin"
 _STATE_TYPE = "cmd-plugin.state.v1"
 _RESIDUAL = "residual"
 _PROJECT = "project"
+_OBEYED = "obeyed"
 
 Next = Callable[[Message, Context], Message]
 
@@ -68,7 +69,11 @@ def cmd_mod(message: Message, context: Context, call_next: Next) -> Message:
     try:
         arrays = numpy_arrays(records[key])
         answer = codec.reply(
-            received, arrays, generator=_generator(context, received), residual=residual
+            received,
+            arrays,
+            generator=_generator(context, received),
+            residual=residual,
+            project=received.header.project if _obeyed(context) else 0,
         )
     except FrameError as error:
         return Message(Error(UNUSABLE, str(error)), reply_to=message)
@@ -118,6 +123,18 @@ def load_request(context: Context) -> tuple[int, bool]:
     record = context.state.get(_STATE)
     held = record.get(_PROJECT) if isinstance(record, ArrayRecord) else None
     return (0, False) if held is None or len(held.data) != 2 else (held.data[0], bool(held.data[1]))
+
+
+def note_obeyed(context: Context) -> None:
+    """Remember for the reply that this training does what the server asked for."""
+    record = context.state.get(_STATE)
+    if isinstance(record, ArrayRecord):
+        record[_OBEYED] = Array(dtype="bytes", shape=(1,), stype=_STATE_TYPE, data=b"\1")
+
+
+def _obeyed(context: Context) -> bool:
+    record = context.state.get(_STATE)
+    return isinstance(record, ArrayRecord) and _OBEYED in record
 
 
 def _save(context: Context, codec: ModeCodec, received: Received, residual: Flat | None) -> None:

@@ -62,6 +62,8 @@ class CMDStrategy(FrameStrategy):
         include: Globs (``conv*``) on names of arrays to model; empty means all.
         exclude: Globs (``conv*``) on names of arrays to send as they are.
         statistics: BatchNorm's running statistics, ``"average"`` or ``"local"``.
+        max_examples: As in :class:`FrameStrategy`.
+        max_update_ratio: As in :class:`FrameStrategy`.
 
     Raises:
         InputError: If an argument is out of range.
@@ -81,8 +83,17 @@ class CMDStrategy(FrameStrategy):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         statistics: str = "average",
+        max_examples: float = 1e9,
+        max_update_ratio: float | None = 100.0,
     ) -> None:
-        super().__init__(inner, include=include, exclude=exclude, statistics=statistics)
+        super().__init__(
+            inner,
+            include=include,
+            exclude=exclude,
+            statistics=statistics,
+            max_examples=max_examples,
+            max_update_ratio=max_update_ratio,
+        )
         self.embedding = Embedding() if embedding is None else embedding
         if self.embedding.project not in PROJECTIONS:
             raise InputError(

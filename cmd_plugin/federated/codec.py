@@ -207,6 +207,7 @@ class ModeCodec:
         *,
         generator: np.random.Generator | None = None,
         residual: Flat | None = None,
+        project: int = 0,
     ) -> Frame:
         """Encode what a client trained, as the server asked for it.
 
@@ -215,6 +216,7 @@ class ModeCodec:
             arrays: The trained model's arrays.
             generator: Source of the stochastic rounding.
             residual: [N] what earlier replies left out (error feedback); updated in place.
+            project: What was done with embedded weights during the training; :class:`Header`'s.
 
         Raises:
             FrameError: If an array has another name, shape or dtype, or is not finite.
@@ -244,6 +246,7 @@ class ModeCodec:
         header = Header(
             KIND_UP,
             bits=asked.reply_bits,
+            project=project,
             flags=encoded.flags,
             round=asked.round,
             layout=self.packing.identity,
@@ -287,7 +290,8 @@ class ModeCodec:
             The client's model, name -> array.
 
         Raises:
-            FrameError: If it is stale, of another layout or encoding, malformed, or not finite.
+            FrameError: If it is stale, of another layout or encoding, malformed, not finite, or no
+                values of a network.
         """
         header = frame.header
         if header.kind != KIND_UP:
@@ -308,6 +312,7 @@ class ModeCodec:
         flat = decode_values(frame, free, self.plan, base, self.packing.dtype)
         others = unpack_arrays(self.packing.shared, frame.sections.raw)
         self.packing.refuse_non_finite(flat, others)
+        self.packing.refuse_out_of_range(flat, others, base, raw)
         return self.packing.unflatten(flat, {**raw, **others})
 
     # -- memory -----------------------------------------------------------------------------------

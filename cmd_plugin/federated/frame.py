@@ -80,7 +80,8 @@ class Header:
         bits: Bits of a value; 0 sends it as it is.
         reply_bits: Bits of a value in the reply asked for; 0 as it is.
         project: What a client does with embedded weights while it trains: 0 nothing, 1 put them
-            back on their curve after every step, 2 also hand their gradients to the references.
+            back on their curve after every step, 2 also hand their gradients to the references. In
+            a reply: what it did.
         flags: Sum of the ``FLAG_...`` values.
         round: Number of the round; a reply repeats it.
         layout: Identity of the layout.

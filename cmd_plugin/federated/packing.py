@@ -24,6 +24,7 @@ __all__ = [
     "Flat",
     "Packing",
     "check_statistics",
+    "is_statistic",
     "pack_arrays",
     "unpack_arrays",
 ]
@@ -32,7 +33,16 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 Flat = npt.NDArray[np.floating]
 
 STATISTICS = ("average", "local")
-_STATISTIC_NAMES = ("running_mean", "running_var", "num_batches_tracked")
+_VARIANCE = "running_var"
+_STATISTIC_NAMES = ("running_mean", _VARIANCE, "num_batches_tracked")
+
+_LARGEST = 1e10
+"""Size beyond which a value is no weight of a network; of variances the square of it."""
+
+
+def is_statistic(name: str) -> bool:
+    """Whether an array is one of BatchNorm's running statistics, by the end of its name."""
+    return name.rsplit(".", 1)[-1] in _STATISTIC_NAMES
 
 
 def check_statistics(policy: str) -> None:
@@ -83,7 +93,7 @@ class Packing:
         check_statistics(statistics)
         kinds = {a.dtype for a in arrays.values() if a.dtype in (np.float32, np.float64)}
         main = np.dtype(np.float32 if np.dtype(np.float32) in kinds else np.float64)
-        running = {name for name in arrays if name.rsplit(".", 1)[-1] in _STATISTIC_NAMES}
+        running = {name for name in arrays if is_statistic(name)}
 
         def wanted(name: str) -> bool:
             chosen = not include or any(fnmatchcase(name, pattern) for pattern in include)
@@ -212,6 +222,47 @@ class Packing:
                     raise FrameError(
                         repr(name), f"{bad} of {array.size} values are NaN or infinite."
                     )
+
+    def refuse_out_of_range(self, flat: Flat, raw: Arrays, start: Flat, others: Arrays) -> None:
+        """Raise FrameError, naming the tensor, if finite values cannot be those of a network.
+
+        These are values beyond 1e10 in a tensor that had none a tenth as large, and variances that
+        became negative.
+
+        Args:
+            flat: [N] modelled weights of a trained model, finite.
+            raw: Its other arrays, finite.
+            start: [N] modelled weights the training started from.
+            others: The other arrays it started from.
+        """
+        if not (flat.min() >= -_LARGEST and flat.max() <= _LARGEST):
+            parts = self._split(start)
+            for name, array in self._split(flat).items():
+                _refuse_large(name, array, parts[name], _LARGEST)
+        for name, array in raw.items():
+            if np.issubdtype(array.dtype, np.floating) and array.size:
+                is_variance = name.rsplit(".", 1)[-1] == _VARIANCE
+                largest = _LARGEST**2 if is_variance else _LARGEST
+                before = others.get(name, np.zeros_like(array))
+                _refuse_large(name, array, before, largest)
+                negative = int(((array < 0) & (before >= 0)).sum()) if is_variance else 0
+                if negative:
+                    raise FrameError(
+                        repr(name), f"{negative} of {array.size} variances became negative."
+                    )
+
+
+def _refuse_large(
+    name: str, array: npt.NDArray[Any], before: npt.NDArray[Any], largest: float
+) -> None:
+    size = float(np.abs(array).max())
+    # Some models hold constants of that size, say -1e30 in a mask.
+    if size > largest and size > 10.0 * float(np.abs(before).max()):
+        count = int((np.abs(array) > largest).sum())
+        raise FrameError(
+            repr(name),
+            f"{count} of {array.size} values lie beyond {largest:g}, the largest is {size:.3g}.",
+        )
 
 
 def _rows(layout: Layout) -> list[tuple[str, tuple[int, ...], str]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from cmd_plugin.errors import InputError, NonFiniteError, StateMismatch
 from cmd_plugin.federated._flower import (
@@ -34,7 +32,18 @@ from cmd_plugin.federated._memory import (
     save_strategy,
     tensor_of,
 )
-from cmd_plugin.federated.codec import ModeCodec
+from cmd_plugin.federated.admission import (
+    NO_FRAME,
+    Refusal,
+    check_bounds,
+    check_metrics,
+    explain_no_update,
+    find_lacks,
+    find_large_updates,
+    find_odd_metrics,
+    update_norm,
+)
+from cmd_plugin.federated.codec import PROJECTIONS, ModeCodec
 from cmd_plugin.federated.frame import Frame, FrameError
 from cmd_plugin.federated.packing import Arrays, Flat, Packing, check_statistics
 from cmd_plugin.federated.traffic import Traffic
@@ -45,27 +54,6 @@ __all__ = ["FrameStrategy", "Refusal"]
 _log = logging.getLogger(__name__)
 
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An update that was left out of a round.
-
-    Attributes:
-        round: Number of the round.
-        node: Flower's number of the client.
-        field: What was wrong with it: a tensor, a part of the frame, a metric.
-        reason: Why it was refused.
-    """
-
-    round: int
-    node: int
-    field: str
-    reason: str
-
-    def __str__(self) -> str:
-        """One line for the log."""
-        return f"round {self.round}: client {self.node} refused, {self.field}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -94,11 +82,18 @@ class FrameStrategy(Strategy):
         exclude: Globs (``conv*``) on names of arrays to send as they are.
         statistics: BatchNorm's running statistics: ``"average"`` them like FedAvg does, or leave
             them ``"local"`` to each client; the server's then stay those of the initial model.
+        max_examples: Largest weight a client may ask for in the average (``num-examples``). Set it
+            to what the largest client can have: one that claims more is refused.
+        max_update_ratio: Refuse an update whose norm is more than so many times the round's median;
+            None refuses none for its size. The default leaves room for clients of very different
+            amounts of data; about 10 holds back a client that means harm.
 
     Attributes:
         inner: As given.
         traffic: Bytes and messages so far, in both directions.
+        accepted: How many updates have gone into the model.
         refusals: Updates that were left out.
+        duplicates: Replies that were dropped because their client had answered already.
         round: Number of the present round.
         flat: [N] modelled weights of the global model; differences in replies are added to them.
         raw: Its other arrays.
@@ -112,20 +107,29 @@ class FrameStrategy(Strategy):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         statistics: str = "average",
+        max_examples: float = 1e9,
+        max_update_ratio: float | None = 100.0,
     ) -> None:
         if not isinstance(inner, Strategy):
             raise InputError(
                 f"inner must be a strategy of flwr.serverapp.strategy, got {type(inner).__name__}."
             )
         check_statistics(statistics)
+        check_bounds(max_examples, max_update_ratio)
         self.inner = inner
+        self.max_examples = max_examples
+        self.max_update_ratio = max_update_ratio
         self.traffic = Traffic()
+        self.accepted = 0
         self.refusals: list[Refusal] = []
+        self.duplicates = 0
         self.resyncs = 0
         self._settings: dict[str, Any] = {
             "include": list(include),
             "exclude": list(exclude),
             "statistics": statistics,
+            "max_examples": max_examples,
+            "max_update_ratio": max_update_ratio,
         }
         self._packing_of = partial(
             Packing.of, include=include, exclude=exclude, statistics=statistics
@@ -135,6 +139,9 @@ class FrameStrategy(Strategy):
         self._sent: dict[int, _Sent] = {}
         self._order: dict[int, int] = {}
         self._grid: Grid | None = None
+        self._asked = False
+        self._unprojected = 0
+        self._told: set[str] = set()
         self.round = 0
         self.raw: Arrays = {}
         self.flat: Flat = np.empty(0, np.float32)
@@ -194,6 +201,8 @@ class FrameStrategy(Strategy):
             "codec": None if codec is None else {n: tensor_of(part) for n, part in codec.items()},
             "known": [[node, k.layout, k.plan, k.values] for node, k in self._known.items()],
             "traffic": self.traffic.state_dict(),
+            "accepted": self.accepted,
+            "duplicates": self.duplicates,
             "refusals": [[r.round, r.node, r.field, r.reason] for r in self.refusals],
             "resyncs": self.resyncs,
         }
@@ -235,9 +244,29 @@ class FrameStrategy(Strategy):
                 for node, layout, plan, values in state["known"]
             },
             "traffic": Traffic.from_state(state["traffic"]),
+            "accepted": int(state["accepted"]),
+            "duplicates": int(state["duplicates"]),
             "refusals": [Refusal(*refusal) for refusal in state["refusals"]],
             "resyncs": int(state["resyncs"]),
         }
+
+    # -- a run ------------------------------------------------------------------------------------
+
+    def start(self, *args: Any, **kwargs: Any) -> Result:
+        """Run as Flower's ``Strategy.start`` does, with its arguments.
+
+        Raises:
+            InputError: If clients were asked to train and no update was ever accepted: what is left
+                then is the initial model.
+        """
+        result = super().start(*args, **kwargs)
+        self.require_updates()
+        return result
+
+    def require_updates(self) -> None:
+        """Raise InputError if no update was ever accepted, although clients were asked for some."""
+        if self._asked and not self.accepted:
+            raise InputError(explain_no_update(self.refusals))
 
     # -- out --------------------------------------------------------------------------------------
 
@@ -265,6 +294,7 @@ class FrameStrategy(Strategy):
         self._sent = {}
         if not messages:
             return []
+        self._asked |= step == "configure_train"
         self.round = server_round
         self.flat = self.codec.packing.flatten(named)
         self.raw = {name: named[name] for name in self.codec.packing.raw.names}
@@ -295,6 +325,8 @@ class FrameStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode the replies, let the inner strategy aggregate them, and advance."""
         accepted = self._decode(server_round, replies, training=True)
+        self.accepted += len(accepted)
+        self._advise(server_round)
         arrays, metrics = self.inner.aggregate_train(server_round, accepted)
         if arrays is None:
             return None, metrics
@@ -330,41 +362,65 @@ class FrameStrategy(Strategy):
     ) -> list[Message]:
         """Return the usable replies in the order in which the grid lists their nodes."""
         accepted: dict[int, Message] = {}
+        norms: dict[int, float] = {}
+        answered: set[int] = set()
+        self._unprojected = 0
         by_message = {s.message.metadata.message_id: node for node, s in self._sent.items()}
-        for reply in self._with_resyncs(replies, by_message):
-            # The engine answers for a client that is gone, with the SuperLink as the source.
-            node = by_message.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-            sent = self._sent.get(node)
-            if reply.has_error():
-                self._refuse(server_round, node, "reply", reply.error.reason or "no reason given")
-            elif sent is None or node in accepted:
-                self._refuse(server_round, node, "reply", "nobody asked for it.")
+        for reply in self._with_resyncs(server_round, replies, by_message):
+            node = reply.metadata.src_node_id
+            if node not in self._sent:
+                # The engine answers for a client that is gone, with the SuperLink as the source.
+                node = by_message.get(reply.metadata.reply_to_message_id, node)
+            if node in answered:
+                self._drop_duplicate(server_round, node)
             else:
+                answered.add(node)
                 try:
-                    if training:
-                        self._restore(reply, sent)
-                    self._check_metrics(reply)
+                    norms[node] = self._take(reply, node, training=training)
                 except FrameError as error:
                     self._refuse(server_round, node, error.field, error.reason)
                 else:
                     accepted[node] = reply
-                    self._acknowledge(node, sent.frame)
             self.traffic.plain_up += serialised_bytes(reply)
-        self._drop_inconsistent(server_round, accepted)
         last = len(self._order)
         nodes = sorted(accepted, key=lambda node: (self._order.get(node, last), node))
-        return [accepted[node] for node in nodes]
+        accepted = {node: accepted[node] for node in nodes}
+        for odd in (
+            find_odd_metrics(accepted),
+            find_large_updates(norms, self.max_update_ratio) if training else {},
+        ):
+            for node in odd.keys() & accepted.keys():
+                self._refuse(server_round, node, odd[node].field, odd[node].reason)
+                del accepted[node]
+        return list(accepted.values())
+
+    def _take(self, reply: Message, node: int, *, training: bool) -> float:
+        """Check and decode a reply in place; the norm of its update, 0 in an evaluation."""
+        sent = self._sent.get(node)
+        if reply.has_error():
+            raise FrameError("reply", reply.error.reason or "no reason given")
+        if sent is None:
+            raise FrameError("reply", "nobody asked for it.")
+        norm = self._restore(reply, sent) if training else 0.0
+        weight = getattr(self.inner, "weighted_by_key", None)
+        check_metrics(reply, weight, self.max_examples)
+        header = sent.frame.header
+        self._known[node] = Known(header.layout, header.plan, header.result)
+        return norm
 
     def _with_resyncs(
-        self, replies: Iterable[Message], by_message: dict[str, int]
+        self, server_round: int, replies: Iterable[Message], by_message: dict[str, int]
     ) -> Iterable[Message]:
         """Yield the replies; those that ask for everything are asked again, once, with it."""
-        again: list[Message] = []
+        again: dict[int, Message] = {}
         for reply in replies:
             self.traffic.count_up(reply)
             node = reply.metadata.src_node_id
             if not (reply.has_error() and reply.error.code == RESYNC and node in self._sent):
                 yield reply
+                continue
+            if node in again:
+                self._drop_duplicate(server_round, node)
                 continue
             old = self._sent[node]
             self.resyncs += 1
@@ -376,56 +432,43 @@ class FrameStrategy(Strategy):
             )
             self.traffic.count_down(message, 0)
             self._sent[node] = _Sent(message, frame, old.key, old.content)
-            again.append(message)
+            again[node] = message
         if again and self._grid is not None:
-            answers = list(self._grid.send_and_receive(again))
-            for message in again:
+            answers = list(self._grid.send_and_receive(again.values()))
+            for message in again.values():
                 by_message[message.metadata.message_id] = message.metadata.dst_node_id
             for answer in answers:
                 self.traffic.count_up(answer)
                 yield answer
 
-    def _restore(self, reply: Message, sent: _Sent) -> None:
-        """Replace the frame in a reply by the arrays it stands for."""
+    def _restore(self, reply: Message, sent: _Sent) -> float:
+        """Replace the frame in a reply by the arrays it stands for; the norm of the update."""
         found = find_frame(reply.content)
         if found is None:
-            raise FrameError("frame", "there is none: the client needs cmd_mod.")
+            raise FrameError("frame", NO_FRAME)
         if len(reply.content.array_records) != 1:
             raise FrameError("reply", "more than one ArrayRecord.")
         name, frame = found
-        arrays = self.codec.accept(frame, sent.frame.header, self.flat, self.raw, self.frozen)
+        asked = sent.frame.header
+        arrays = self.codec.accept(frame, asked, self.flat, self.raw, self.frozen)
         reply.content = with_record(reply.content, name, dense_record(arrays))
+        self._unprojected += frame.header.project != asked.project
+        return update_norm(self.codec.packing, arrays, self.flat, self.raw)
 
-    def _check_metrics(self, reply: Message) -> None:
-        records = reply.content.metric_records
-        if len(records) != 1:
-            raise FrameError("metrics", f"{len(records)} MetricRecords, expected one.")
-        weight = getattr(self.inner, "weighted_by_key", None)
-        (metrics,) = records.values()
-        for name, value in metrics.items():
-            numbers = value if isinstance(value, list) else [value]
-            if not all(math.isfinite(number) for number in numbers):
-                raise FrameError(repr(name), "it is NaN or infinite.")
-            if name == weight and (isinstance(value, list) or not value > 0):
-                raise FrameError(repr(name), f"a weight above 0 is needed, got {value!r}.")
-        if weight is not None and weight not in metrics:
-            raise FrameError(repr(weight), "it is missing.")
+    def _drop_duplicate(self, server_round: int, node: int) -> None:
+        self.duplicates += 1
+        _log.warning(
+            "round %d: client %d answered again, the first reply counts", server_round, node
+        )
 
-    def _drop_inconsistent(self, server_round: int, accepted: dict[int, Message]) -> None:
-        """Leave out replies with other metrics than most: Flower's strategies end the run there."""
-
-        def names(reply: Message) -> tuple[str, ...]:
-            ((record, metrics),) = reply.content.metric_records.items()
-            return (record, *sorted(metrics), *reply.content.array_records)
-
-        usual = Counter(names(reply) for reply in accepted.values()).most_common(1)
-        for node in [n for n, reply in accepted.items() if names(reply) != usual[0][0]]:
-            self._refuse(server_round, node, "metrics", "other names than the other clients'.")
-            del accepted[node]
-
-    def _acknowledge(self, node: int, frame: Frame) -> None:
-        header = frame.header
-        self._known[node] = Known(header.layout, header.plan, header.result)
+    def _advise(self, server_round: int) -> None:
+        """Say once what the clients' app lacks: what it costs is seen much later, or never."""
+        refused = [refusal for refusal in self.refusals if refusal.round == server_round]
+        project = next((PROJECTIONS[s.frame.header.project] for s in self._sent.values()), "")
+        for name, sentence in find_lacks(refused, self._unprojected, project).items():
+            if name not in self._told:
+                self._told.add(name)
+                _log.warning("round %d: %s", server_round, sentence)
 
     def _refuse(self, server_round: int, node: int, field: str, reason: str) -> None:
         """Leave a client out of this round. What it holds is unknown now: next time it gets all."""

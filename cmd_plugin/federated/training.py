@@ -14,7 +14,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from cmd_plugin.federated.client import load_codec, load_request
+from cmd_plugin.federated.client import load_codec, load_request, note_obeyed
 from cmd_plugin.federated.codec import PROJECTIONS
 from cmd_plugin.kernels import FlatView
 from cmd_plugin.modes.layout import find_weights
@@ -45,6 +45,7 @@ def embedded_training(context: Context, model: nn.Module) -> Iterator[None]:
     codec = load_codec(context)
     number, pool = load_request(context)
     project = PROJECTIONS[number]
+    note_obeyed(context)
     if codec is None or codec.plan.tied is None or project == "epoch":
         yield
         return

@@ -11,6 +11,7 @@ import pytest
 collect_ignore: list[str] = []
 if importlib.util.find_spec("flwr") is None:  # pure tests still run
     collect_ignore = [
+        "test_admission.py",
         "test_baselines.py",
         "test_composition.py",
         "test_lightning.py",

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
+from cmd_plugin.errors import InputError
 from cmd_plugin.federated import CMDStrategy, cmd_mod, project_mod
 from cmd_plugin.federated._flower import dense_record
 from cmd_plugin.federated.client import load_codec
@@ -188,8 +189,8 @@ def test_the_clipping_mod_outside_fails_loudly() -> None:
         fed_avg(), noise_multiplier=0.0, clipping_norm=1.0, num_sampled_clients=4
     )
     strategy = cmd(inner)
-    result = run(strategy, make_grid(make_app([fixedclipping_mod, cmd_mod])), 2)
-    assert not result.arrays
+    with pytest.raises(InputError, match=r"no trained model; .* put cmd_mod .* first"):
+        run(strategy, make_grid(make_app([fixedclipping_mod, cmd_mod])), 2)
     assert len(strategy.refusals) == 8
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 
+from cmd_plugin.errors import InputError
 from cmd_plugin.federated import CMDStrategy, cmd_mod
 from cmd_plugin.federated._flower import find_frame, framed, with_record
 from cmd_plugin.federated.frame import Frame
@@ -41,6 +42,12 @@ def with_bytes(reply: Message, change: Callable[[bytes], bytes]) -> None:
 def nan_payload(frame: Frame) -> Frame:
     values = np.frombuffer(frame.sections.values, "<f4").copy()
     values[0] = np.nan
+    return Frame(frame.header, replace(frame.sections, values=values.tobytes()))
+
+
+def large_payload(frame: Frame) -> Frame:
+    values = np.frombuffer(frame.sections.values, "<f4").copy()
+    values[0] = 1e20
     return Frame(frame.header, replace(frame.sections, values=values.tobytes()))
 
 
@@ -88,6 +95,17 @@ TAMPERINGS: dict[str, tuple[Callable[[Message], None], str, str]] = {
     "weight": (metric(**{"num-examples": 0, "loss": 1.0}), "'num-examples'", "above 0"),
     "no weight": (metric(loss=1.0), "'num-examples'", "it is missing"),
     "metric": (metric(**{"num-examples": 1, "loss": float("nan")}), "'loss'", "NaN or infinite"),
+    "too large": (lambda r: reframed(r, large_payload), "'0.weight'", "lie beyond 1e+10"),
+    "list": (
+        metric(**{"num-examples": 1, "loss": [1.0, 2.0]}),
+        "'loss'",
+        "a list of 2, most clients sent one number",
+    ),
+    "examples": (
+        metric(**{"num-examples": 1e300, "loss": 1.0}),
+        "'num-examples'",
+        "above max_examples=1e+09",
+    ),
     "names": (metric(**{"num-examples": 1, "los": 1.0}), "metrics", "other names"),
 }
 
@@ -198,8 +216,8 @@ def test_nobody_answers_well() -> None:
 def test_a_client_without_the_mod_fails_loudly() -> None:
     """Oracle 10: never a silent average of bytes."""
     strategy = cmd()
-    result = run(strategy, make_grid(make_app([])), 2)
-    assert not result.arrays
+    with pytest.raises(InputError, match=r"no trained model; .* put cmd_mod"):
+        run(strategy, make_grid(make_app([])), 2)
     assert len(strategy.refusals) == 8
     assert "Unsupported serialization type" in strategy.refusals[0].reason
 

@@ -202,6 +202,9 @@ def make_strategy(options: SimulateOptions) -> Strategy:
         min_train_nodes=options.clients_per_round,
         min_available_nodes=options.clients,
     )
+    if options.method == "fedavg":
+        return inner
+    most = len(cast(Any, data_of(options).train))  # no client can have more images
     if options.method == "cmd":
         embedding = Embedding(
             options.embed_every,
@@ -218,6 +221,7 @@ def make_strategy(options: SimulateOptions) -> Strategy:
             bits=options.bits,
             pool=options.pool,
             seed=options.seed,
+            max_examples=most,
         )
     if options.method in ("apf", "a-apf"):
         return APFStrategy(
@@ -226,12 +230,11 @@ def make_strategy(options: SimulateOptions) -> Strategy:
             decay=options.apf_decay,
             aggressive=options.method == "a-apf",
             seed=options.seed,
+            max_examples=most,
         )
     if options.method == "topk":
-        return TopKStrategy(inner, share=options.topk)
-    if options.method == "fedpaq":
-        return FedPAQStrategy(inner, bits=options.bits or 8)
-    return inner
+        return TopKStrategy(inner, share=options.topk, max_examples=most)
+    return FedPAQStrategy(inner, bits=options.bits or 8, max_examples=most)
 
 
 class OrderedGrid(MeteredGrid):

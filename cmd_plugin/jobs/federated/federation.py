@@ -55,6 +55,8 @@ class Round:
         bytes_up: Message bytes from clients in this round.
         bytes_down: Message bytes to clients in this round.
         fedavg_bytes: Message bytes of the same round had the model been sent as plain arrays.
+        fedavg_bytes_up: Those from clients.
+        fedavg_bytes_down: Those to clients.
         embedded_fraction: Share of the weights that is not sent in the next round.
     """
 
@@ -64,6 +66,8 @@ class Round:
     bytes_up: int
     bytes_down: int
     fedavg_bytes: int
+    fedavg_bytes_up: int
+    fedavg_bytes_down: int
     embedded_fraction: float
 
 
@@ -105,11 +109,11 @@ class Federation:
         """Run the next round; number 0 only evaluates the initial model.
 
         Raises:
-            InputError: If the training diverged, or every client's update was refused.
+            InputError: If the training diverged, or no client's update was accepted.
         """
-        number = len(self.rounds)
+        number, before = len(self.rounds), self.arrays
         if number:
-            self.arrays = run_round(self.strategy, self.grid, number, self.arrays)
+            self.arrays = run_round(self.strategy, self.grid, number, before)
         with own_threads(self._options.threads):
             self._model.load_state_dict(self.arrays.to_torch_state_dict())
             score = evaluate(self._model, self._held_out)
@@ -118,28 +122,40 @@ class Federation:
                 f"the training diverged in round {number}: the held-out loss is {score.loss}; "
                 "lower --lr."
             )
-        self._check_somebody_answered(number)
+        if number and self.arrays is before:
+            raise InputError(self._why_nothing_was_learned(number))
         up = self.grid.traffic.bytes_up - sum(r.bytes_up for r in self.rounds)
         down = self.grid.traffic.bytes_down - sum(r.bytes_down for r in self.rounds)
-        plain, embedded = up + down, 0.0
+        plain_up, plain_down, embedded = up, down, 0.0
         if isinstance(self.strategy, FrameStrategy):
             traffic = self.strategy.traffic
-            before = sum(r.fedavg_bytes for r in self.rounds)
-            plain = traffic.plain_up + traffic.plain_down - before
+            plain_up = traffic.plain_up - sum(r.fedavg_bytes_up for r in self.rounds)
+            plain_down = traffic.plain_down - sum(r.fedavg_bytes_down for r in self.rounds)
             embedded = self.strategy.embedded_fraction
-        ended = Round(number, score.accuracy, score.loss, up, down, plain, embedded)
+        ended = Round(
+            number,
+            score.accuracy,
+            score.loss,
+            up,
+            down,
+            plain_up + plain_down,
+            plain_up,
+            plain_down,
+            embedded,
+        )
         self.rounds.append(ended)
         return ended
 
-    def _check_somebody_answered(self, number: int) -> None:
-        if not number or not isinstance(self.strategy, FrameStrategy):
-            return
-        refused = [refusal for refusal in self.strategy.refusals if refusal.round == number]
-        if len(refused) >= self._options.clients_per_round:
-            raise InputError(
-                f"every client's update was refused in round {number}, the first because of "
-                f"{refused[0].field}: {refused[0].reason} If values are not finite, lower --lr."
-            )
+    def _why_nothing_was_learned(self, number: int) -> str:
+        refused = []
+        if isinstance(self.strategy, FrameStrategy):
+            refused = [refusal for refusal in self.strategy.refusals if refusal.round == number]
+        if not refused:
+            return f"no client answered in round {number}: see the clients' logs."
+        return (
+            f"every client's update was refused in round {number}, the first because of "
+            f"{refused[0].field}: {refused[0].reason} If values are not finite, lower --lr."
+        )
 
     def model(self) -> dict[str, Tensor]:
         """Return a copy of the global model's tensors by name."""
@@ -165,6 +181,7 @@ class Federation:
             "parameters": Packing.of(numpy_arrays(initial_arrays(self._options))).layout.numel,
             "rounds": [vars(r) for r in self.rounds],
             "refusals": [str(refusal) for refusal in framed.refusals] if framed else [],
+            "duplicates": framed.duplicates if framed else 0,
             "resyncs": framed.resyncs if framed else 0,
         }
 

@@ -35,24 +35,25 @@ def draw_report(
         data: What it was found on, as in result.json.
     """
     rounds = metrics["rounds"]
-    number, accuracy, up, down, plain, embedded = (
+    number, accuracy, up, down, plain_up, plain_down, embedded = (
         np.array([r[name] for r in rounds])
         for name in (
             "round",
             "accuracy",
             "bytes_up",
             "bytes_down",
-            "fedavg_bytes",
+            "fedavg_bytes_up",
+            "fedavg_bytes_down",
             "embedded_fraction",
         )
     )
-    up, down, plain = up / 1e6, down / 1e6, plain / 1e6
+    up, down, plain_up, plain_down = (x / 1e6 for x in (up, down, plain_up, plain_down))
     with figure_style():
         figure = new_figure(12.0, 4.8)
         left, right = figure.subplots(1, 2)
         if options.method != "fedavg":
             left.plot(
-                np.cumsum(plain),
+                np.cumsum(plain_up + plain_down),
                 100.0 * accuracy,
                 ":",
                 color=GREY,
@@ -71,7 +72,23 @@ def draw_report(
         left.set_xlim(left=0.0)
         legend_below(left)
 
-        right.plot(number[1:], plain[1:], ":", color=GREY, label="FedAvg, up + down")
+        if options.method != "fedavg":  # the two are nearly equal: dashes on a wider line
+            right.plot(
+                number[1:],
+                plain_down[1:],
+                color=GREY,
+                alpha=0.4,
+                linewidth=4.0,
+                label="down, sent as FedAvg",
+            )
+            right.plot(
+                number[1:],
+                plain_up[1:],
+                "--",
+                color=GREY,
+                linewidth=1.5,
+                label="up, sent as FedAvg",
+            )
         right.plot(number[1:], down[1:], color=BLUE, linewidth=2.0, label="down")
         right.plot(number[1:], up[1:], "--", color=ORANGE, linewidth=2.0, label="up")
         right.set_xlabel("round")

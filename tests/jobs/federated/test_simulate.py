@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from cmd_plugin.errors import InputError
 from cmd_plugin.federated import InProcessGrid, MeteredGrid
 from cmd_plugin.jobs.federated import SimulateOptions, make_client_app
-from cmd_plugin.jobs.federated.apps import initial_arrays
+from cmd_plugin.jobs.federated.apps import initial_arrays, make_strategy
 from cmd_plugin.jobs.federated.report import draw_report
 from cmd_plugin.jobs.federated.simulate import run, train
 from cmd_plugin.networks import build_model, evaluate
@@ -165,6 +165,17 @@ def test_the_picture_shows_the_data() -> None:
     assert plain.get_xdata()[-1] == pytest.approx(result.metrics["fedavg_bytes"] / 1e6)
     (not_sent,) = share.get_lines()
     assert np.allclose(not_sent.get_ydata(), [100 * r["embedded_fraction"] for r in rounds])
+    curves = {line.get_label(): line for line in right.get_lines()}
+    for label, name in (
+        ("down", "bytes_down"),
+        ("up", "bytes_up"),
+        ("down, sent as FedAvg", "fedavg_bytes_down"),
+        ("up, sent as FedAvg", "fedavg_bytes_up"),
+    ):
+        assert np.allclose(curves.pop(label).get_ydata(), [r[name] / 1e6 for r in rounds[1:]])
+    assert not curves  # the ways are apart for all, or both together for all
+    for ended in rounds:
+        assert ended["fedavg_bytes"] == ended["fedavg_bytes_up"] + ended["fedavg_bytes_down"]
     figure.draw_without_rendering()
     for axes in (left, right):  # no curve can cross a legend
         legend = axes.get_legend()
@@ -193,6 +204,27 @@ def test_diverged_training_is_one_sentence(method: str) -> None:
     chosen = QUICK if method == "cmd" else SMALL
     with pytest.raises(InputError, match="lower --lr"):
         run(SimulateOptions(**chosen, method=method, lr=1e30), None)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "cmd"])
+def test_a_round_without_any_update_fails(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every client raises: what would be left is the model of the round before."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("cmd_plugin.jobs.federated.apps._fit", broken)
+    chosen = QUICK if method == "cmd" else SMALL
+    with pytest.raises(InputError, match="in round 1"):
+        run(SimulateOptions(**chosen, method=method), None)
+
+
+@pytest.mark.parametrize("method", ["cmd", "apf", "topk", "fedpaq"])
+def test_no_client_can_claim_more_images_than_there_are(method: str) -> None:
+    strategy = make_strategy(
+        SimulateOptions(**(QUICK if method == "cmd" else SMALL), method=method)
+    )
+    assert strategy.max_examples == 90
 
 
 @pytest.mark.parametrize(
