@@ -54,7 +54,9 @@ class PointImportanceMonitor(Callback):
         picture_every_n_epochs: Write a picture of four clouds so often; 0 writes none.
         folder: Where pictures go; by default the trainer's ``default_root_dir``.
         points_key: Key of the clouds in batches that are dictionaries.
-        forward: How to call the module on points [B, N, C].
+        forward: How to call the module on points [B, N, C]; modules that take [B, C, N] need
+            ``cmd_plugin.pointcloud.channels_first``.
+        pool: Which pool to look at if several feed the head.
 
     Raises:
         InputError: If an argument is out of range.
@@ -73,6 +75,7 @@ class PointImportanceMonitor(Callback):
         folder: str | None = None,
         points_key: str = "points",
         forward: Forward = as_it_is,
+        pool: int | None = None,
     ) -> None:
         super().__init__()
         self.every_n_epochs = whole("every_n_epochs", every_n_epochs, 1)
@@ -87,7 +90,7 @@ class PointImportanceMonitor(Callback):
         self.picture_every_n_epochs = whole("picture_every_n_epochs", picture_every_n_epochs, 0)
         self.folder = folder
         self.points_key = points_key
-        self.forward = forward
+        self.forward, self.pool = forward, pool
         self._watched: Tensor | None = None
 
     @override
@@ -101,7 +104,12 @@ class PointImportanceMonitor(Callback):
         if self.uncritical:
             generator = self._generator(trainer.current_epoch, batch_idx)
             subset = uncritical_subset(
-                pl_module, points, generator, fewest=self.fewest, forward=self.forward
+                pl_module,
+                points,
+                generator,
+                fewest=self.fewest,
+                forward=self.forward,
+                pool=self.pool,
             )
             self._replace(batch, subset)
 
@@ -124,7 +132,9 @@ class PointImportanceMonitor(Callback):
         self._watched = None
 
     def _measure(self, trainer: Any, pl_module: Any, points: Tensor, epoch: int) -> None:
-        seen = point_importance(pl_module, points, "critical++", forward=self.forward)
+        seen = point_importance(
+            pl_module, points, "critical++", forward=self.forward, pool=self.pool
+        )
         assert seen.entropy is not None and seen.wins is not None  # noqa: PT018 a counting measure
         turned = rotation_consistency(
             pl_module,
@@ -132,6 +142,7 @@ class PointImportanceMonitor(Callback):
             self._generator(epoch, -1),
             axis=self.axis,
             forward=self.forward,
+            pool=self.pool,
             scores=seen.norm,
         )
         values = {
@@ -152,7 +163,8 @@ class PointImportanceMonitor(Callback):
         from cmd_plugin.pointcloud.plots import plot_cloud  # matplotlib costs half a second
 
         clouds = points[:4]
-        shown = point_importance(pl_module, clouds, forward=self.forward).display()
+        seen = point_importance(pl_module, clouds, forward=self.forward, pool=self.pool)
+        shown = seen.display()
         with figure_style():
             figure = new_figure(3.2 * len(clouds), 3.4)
             for number, cloud in enumerate(clouds):

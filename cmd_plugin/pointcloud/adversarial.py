@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from typing_extensions import override
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.networks.measuring import undisturbed
-from cmd_plugin.pointcloud._interception import Forward, as_it_is
+from cmd_plugin.pointcloud._interception import Forward, as_it_is, call_network, class_scores
 from cmd_plugin.pointcloud.importance import point_importance
 from cmd_plugin.pointcloud.refocusing import importance_order
 
@@ -28,6 +29,7 @@ __all__ = [
     "gradient_attack",
     "perturbation_size",
     "query_attack",
+    "strongest_attack",
 ]
 
 
@@ -40,23 +42,31 @@ class SubsetDefence(nn.Module):
     Args:
         model: Any network with a global maximum.
         keep: Points kept; smaller clouds pass whole.
-        forward: How to call the network.
+        forward: How to call the network; of several outputs the first counts.
+        pool: Which pool, if several feed the head.
     """
 
-    def __init__(self, model: nn.Module, keep: int = 600, forward: Forward = as_it_is) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        keep: int = 600,
+        forward: Forward = as_it_is,
+        pool: int | None = None,
+    ) -> None:
         super().__init__()
         if keep < 1:
             raise InputError(f"keep must be at least 1, got {keep}.")
-        self.model, self.keep, self.call = model, keep, forward
+        self.model, self.keep, self.call, self.pool = model, keep, forward, pool
 
     @override
     def forward(self, points: Tensor) -> Tensor:
         """Class scores [B, classes] of clouds [B, N, C]."""
-        seen = point_importance(self.model, points.detach(), "critical++", forward=self.call)
+        seen = point_importance(
+            self.model, points.detach(), "critical++", forward=self.call, pool=self.pool
+        )
         chosen = importance_order(seen)[:, : self.keep].sort(dim=1).values
         kept = points.gather(1, chosen.unsqueeze(2).expand(-1, -1, points.shape[2]))
-        scores: Tensor = self.call(self.model, kept)
-        return scores
+        return class_scores(call_network(self.call, self.model, kept), len(kept))
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,10 @@ def _gradient(network: Callable[[Tensor], Tensor], points: Tensor, labels: Tenso
     return gradient
 
 
+def _answers(network: nn.Module, forward: Forward) -> Callable[[Tensor], Tensor]:
+    return lambda points: class_scores(call_network(forward, network, points), len(points))
+
+
 def gradient_attack(
     network: nn.Module,
     points: Tensor,
@@ -130,8 +144,15 @@ def gradient_attack(
     noise: float = 0.0,
     seed: int = 0,
     tangential: bool = True,
+    normalise: Literal["cloud", "point"] = "cloud",
+    forward: Forward = as_it_is,
 ) -> Attack:
     """White-box attack: descend the margin, by steps of unit length in the surface.
+
+    Steps of unit length for the whole cloud go far at few points and win where ``limit`` is large;
+    steps of unit length for every point (``normalise="point"``, ``tangential=False``: projected
+    gradient descent) win where it is small. Measure a defence with both, see
+    :func:`strongest_attack`, and on a hundred clouds at least.
 
     Attacking the plain network and testing a defence on the result measures transfer; attacking the
     :class:`SubsetDefence` itself is the adaptive attack. With ``samples`` above 1 each step follows
@@ -142,36 +163,48 @@ def gradient_attack(
         points: [B, N, 3].
         labels: [B] int64, the right answers.
         steps: Number of steps.
-        size: Root mean square movement of a point in one step.
+        size: Root mean square movement of a point in one step; with ``normalise="point"`` the
+            movement of each.
         limit: Largest distance a point may move from where it was.
         samples: Gradients averaged in a step.
         noise: Standard deviation of the jitter between them.
         seed: Of the jitter.
         tangential: Whether points move in the surface only.
+        normalise: Whether the gradient is divided by its length over the cloud or at each point.
+        forward: How to call the network; of several outputs the first counts.
 
     Returns:
         For each cloud the first attacked version that is answered wrongly, else the last one.
+
+    Raises:
+        InputError: If ``normalise`` is unknown.
+        ShapeError: If the network does not answer with one row of class scores for each cloud.
     """
+    if normalise not in ("cloud", "point"):
+        raise InputError(f"unknown normalise {normalise!r}: choose cloud or point.")
+    scores = _answers(network, forward)
     generator = torch.Generator().manual_seed(seed)
     normals = estimate_normals(points) if tangential else None
     with undisturbed(network, gradients=True):
         with torch.no_grad():
-            wrong = network(points).argmax(dim=1) != labels
+            wrong = scores(points).argmax(dim=1) != labels
         before, best, moved = wrong.clone(), points.clone(), points.clone()
         queries = torch.ones(len(points), dtype=torch.int64)
         for _ in range(steps):
             gradient = torch.zeros_like(points)
             for _ in range(samples):
                 jitter = torch.randn(points.shape, generator=generator).to(points) * noise
-                gradient += _gradient(network, moved + jitter, labels)
+                gradient += _gradient(scores, moved + jitter, labels)
             if normals is not None:
                 gradient = _tangential(gradient, normals)
-            length = gradient.square().sum(dim=2).mean(dim=1).sqrt().clamp_min(1e-12)
-            offset = moved - size * gradient / length.view(-1, 1, 1) - points
+            length = gradient.square().sum(dim=2, keepdim=True)
+            if normalise == "cloud":
+                length = length.mean(dim=1, keepdim=True)
+            offset = moved - size * gradient / length.sqrt().clamp_min(1e-12) - points
             distance = offset.norm(dim=2, keepdim=True).clamp_min(1e-12)
             moved = points + offset * (limit / distance).clamp_max(1.0)
             with torch.no_grad():
-                fooled = network(moved).argmax(dim=1) != labels
+                fooled = scores(moved).argmax(dim=1) != labels
             queries += (~wrong.cpu()).long() * (samples + 1)
             best = torch.where(wrong.view(-1, 1, 1), best, moved)
             wrong = wrong | fooled
@@ -188,28 +221,33 @@ def query_attack(
     labels: Tensor,
     *,
     step: float = 0.32,
-    limit: float = 0.16,
+    limit: float | None = None,
     queries: int | None = None,
+    forward: Forward = as_it_is,
 ) -> Attack:
     """Shape-invariant query attack: only the target's scores are seen.
 
     A surrogate's gradient in the surface ranks the points. One after the other is moved along its
-    direction, then against it; what lowers the target's margin stays. A step is cut to ``limit``.
+    direction, then against it; what lowers the target's margin stays.
 
     Args:
         target: What is attacked, as a black box.
         surrogate: Gives the gradient.
         points: [B, N, 3].
         labels: [B] int64, the right answers.
-        step: Length of a step.
-        limit: Largest distance a point may move.
+        step: Length of a step; .32 is that of the published protocol, where each point moves once.
+        limit: Largest distance a point may move, to which steps are cut; by default they are not.
+            Cut to .16 the attack is much weaker than the published one.
         queries: Most forward passes of a cloud; by default until its points run out.
+        forward: How to call both networks; of several outputs the first counts.
 
     Source: Huang et al., CVPR 2022 (SI-Adv), in the protocol of the Critical Points++ code.
     """
+    length = step if limit is None else min(step, limit)
+    scores, gradients = _answers(target, forward), _answers(surrogate, forward)
     with undisturbed(target, surrogate):
         rows = [
-            _query_one(target, surrogate, points[[n]], labels[[n]], min(step, limit), queries)
+            _query_one(scores, gradients, points[[n]], labels[[n]], length, queries)
             for n in range(len(points))
         ]
     moved, success, before, count = zip(*rows, strict=True)
@@ -219,8 +257,8 @@ def query_attack(
 
 
 def _query_one(
-    target: nn.Module,
-    surrogate: nn.Module,
+    target: Callable[[Tensor], Tensor],
+    surrogate: Callable[[Tensor], Tensor],
     cloud: Tensor,
     label: Tensor,
     step: float,
@@ -248,6 +286,31 @@ def _query_one(
         if margin < 0.0:
             return moved, True, False, used
     return moved, False, False, used
+
+
+def strongest_attack(*attacks: Attack) -> Attack:
+    """Several attacks on the same clouds as one: a cloud is fooled if one of them fools it.
+
+    Args:
+        attacks: At least one, all of the same clouds in the same order.
+
+    Returns:
+        Of each cloud the points of the first attack that succeeded, else of the first; queries add.
+
+    Raises:
+        InputError: If there is none, or they are of different clouds.
+    """
+    if not attacks or any(a.points.shape != attacks[0].points.shape for a in attacks):
+        raise InputError("strongest_attack takes attacks on the same clouds, at least one.")
+    success = torch.stack([attack.success for attack in attacks])
+    first = success.to(torch.uint8).argmax(dim=0)
+    cloud = torch.arange(len(first), device=first.device)
+    return Attack(
+        torch.stack([attack.points for attack in attacks])[first, cloud],
+        success.any(dim=0),
+        attacks[0].wrong_before,
+        torch.stack([attack.queries for attack in attacks]).sum(dim=0),
+    )
 
 
 def perturbation_size(clean: Tensor, attacked: Tensor) -> dict[str, float]:

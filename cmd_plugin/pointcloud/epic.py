@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.kernels.counter_random import check_seed, sample_index
+from cmd_plugin.pointcloud._interception import class_scores, scores_of
 from cmd_plugin.pointcloud.partials import (
     SIZES,
     VIEWS,
@@ -50,7 +51,8 @@ class EPiC(nn.Module):
 
     Args:
         networks: One network per view, by name; or a function without arguments that makes one
-            (called once per view). Each maps clouds [B, n, 3] to logits [B, C], for any n.
+            (called once per view). Each maps clouds [B, n, 3] to logits [B, C], for any n;
+            of several outputs the first counts.
         anchors: Partial clouds of each view, at evaluation a farthest point sample.
         sizes: Points of a partial cloud of each view; left out, those of :data:`SIZES`, which are
             meant for clouds of 1024 points. An entry for each network.
@@ -149,7 +151,9 @@ class EPiC(nn.Module):
 
     def classify(self, view: str, clouds: Tensor) -> Tensor:
         """Return the logits [B, C] of a view's network for clouds [B, n, 3]."""
-        logits: Tensor = self.networks[view](self._arranged(clouds))
+        logits = scores_of(self.networks[view](self._arranged(clouds)))
+        if len(clouds) == 1 and logits.ndim == 1:  # a network that squeezes
+            logits = logits.unsqueeze(0)
         if logits.ndim != 2 or len(logits) != len(clouds):
             raise ShapeError(
                 f"the {view} network must map {len(clouds)} clouds to [{len(clouds)}, C] logits, "
@@ -175,7 +179,8 @@ class EPiC(nn.Module):
                 parts = self.parts(points, view, index=number)
                 logits = self.classify(view, parts.flatten(0, 1))
                 members.append(logits.view(len(points), self.anchors, -1))
-        members += [network(self._arranged(points))[:, None] for network in self.extra.values()]
+        whole = self._arranged(points)
+        members += [class_scores(m(whole), len(points))[:, None] for m in self.extra.values()]
         return Votes(torch.cat(members, dim=1), self.views)
 
     def forward(self, points: Tensor, index: Tensor | None = None) -> Tensor:

@@ -87,8 +87,8 @@ def partial_positions(
       Revisited points stay, as duplicates: 512 steps visit about 287 of 1024 points.
     - ``random``: ``size`` different points; anchors only say how many subsets are drawn.
 
-    Patch and random subset are no larger than the cloud; a cloud with fewer than ``neighbours``
-    points walks over all of them. A sample's draws depend on (seed, its number, anchor's place).
+    No part is larger than the cloud, as published; a cloud with fewer than ``neighbours`` points
+    walks over all of them. A sample's draws depend on (seed, its number, anchor's place).
 
     Args:
         points: [B, N, 3], floating point, finite.
@@ -100,7 +100,7 @@ def partial_positions(
         index: [B] sample numbers, by default 0..B-1.
 
     Returns:
-        [B, A, n] int64 positions, n = ``size``, or min(size, N) for patch and random.
+        [B, A, n] int64 positions, n = min(size, N).
 
     Raises:
         ShapeError: If shapes or dtypes do not fit.
@@ -115,19 +115,20 @@ def partial_positions(
     if neighbours < 2:
         raise InputError(f"neighbours counts the point itself, so at least 2, got {neighbours}.")
     total = points.shape[1]
+    size = min(size, total)
     number = sample_index(index, len(points), points.device)
     if view == "patch":
         centres = points.gather(1, anchors[:, :, None].expand(-1, -1, points.shape[2]))
         # A handful of rows: a tree over the whole cloud would cost more than their distances.
         backend: Literal["auto", "torch"] = "torch" if points.device.type == "cpu" else "auto"
-        return knn(points, min(size, total), centres, backend=backend).positions
+        return knn(points, size, centres, backend=backend).positions
     if view == "curve":
         if total == 1:
             return anchors[:, :, None].expand(-1, -1, size).contiguous()
         table = knn(points, min(neighbours, total) - 1, exclude_self=True).positions
         return curve_walk(table, anchors, size, seed=seed, index=number)
     subsets = [
-        CounterRandom(seed, number, _SUBSETS + place).permutation(total)[:, : min(size, total)]
+        CounterRandom(seed, number, _SUBSETS + place).permutation(total)[:, :size]
         for place in range(anchors.shape[1])
     ]
     return torch.stack(subsets, dim=1)

@@ -21,8 +21,10 @@ from cmd_plugin.networks.measuring import undisturbed
 from cmd_plugin.pointcloud._interception import (
     Forward,
     as_it_is,
+    as_points,
+    call_network,
+    class_scores,
     inner_module,
-    scores_of,
 )
 from cmd_plugin.pointcloud.importance import PointImportance, point_importance
 
@@ -124,8 +126,8 @@ def refocus(
     uncritical subsets (:func:`uncritical_subset`), clouds that miss points lose accuracy.
 
     Clouds that keep different numbers of points run one by one in the second pass, because padding
-    would change what graphs and means see. If the network samples tokens, a point is dropped with
-    the token nearest to it.
+    would change what graphs and means see. If the network samples tokens, H is that of its tokens,
+    k = floor(H N) still counts points, and a point is dropped with the token nearest to it.
 
     Args:
         model: Any network with a global maximum.
@@ -140,7 +142,10 @@ def refocus(
 
     Raises:
         InputError: As :func:`point_importance`, or if ``keep`` is not positive.
+        ShapeError: If the network does not answer with one row of class scores for each cloud, as
+            segmentation networks do not.
     """
+    points = as_points(model, points)
     if keep != "entropy" and (not isinstance(keep, int) or keep < 1):
         raise InputError(f"keep must be 'entropy' or a positive number of points, got {keep!r}.")
     importance = point_importance(
@@ -167,13 +172,19 @@ def run_on(model: nn.Module, points: Tensor, kept: Tensor, forward: Forward = as
         points: [B, N, C].
         kept: [B, N] bool.
         forward: How to call the network.
+
+    Returns:
+        [B, classes].
+
+    Raises:
+        ShapeError: If the output is not one row of class scores for each cloud.
     """
     network = inner_module(model)
     counts = kept.sum(dim=1)
     rows: list[Tensor | None] = [None] * len(points)
     with undisturbed(network, buffers=False):
         for clouds, subset in _equal_sized(points, kept, counts):
-            output = scores_of(forward(network, subset))
+            output = class_scores(call_network(forward, network, subset), len(clouds))
             for cloud, row in zip(clouds.tolist(), output, strict=True):
                 rows[cloud] = row
     return torch.stack([row for row in rows if row is not None])
@@ -192,6 +203,7 @@ def uncritical_subset(
     *,
     fewest: int = 256,
     forward: Forward = as_it_is,
+    pool: int | None = None,
 ) -> Tensor:
     """Clouds without their most important points, to train on: one k for the whole batch.
 
@@ -204,6 +216,7 @@ def uncritical_subset(
         generator: Random numbers of k, on the CPU.
         fewest: Smallest k; a quarter of N if the clouds are too small for it.
         forward: How to call the network.
+        pool: Which pool, if several feed the head.
 
     Returns:
         [B, k, C].
@@ -216,6 +229,6 @@ def uncritical_subset(
     if total < 2:
         raise InputError("clouds of a single point have no subset to train on.")
     count = int(torch.randint(low, total, (1,), generator=generator))
-    importance = point_importance(model, points, "critical++", forward=forward)
+    importance = point_importance(model, points, "critical++", forward=forward, pool=pool)
     chosen = importance_order(importance)[:, :count].sort(dim=1).values
     return points.gather(1, chosen.unsqueeze(2).expand(-1, -1, points.shape[2]))

@@ -63,6 +63,7 @@ def rotation_consistency(
     *,
     axis: int = 2,
     forward: Forward = as_it_is,
+    pool: int | None = None,
     scores: Tensor | None = None,
 ) -> Tensor:
     """Rank correlation of each cloud's FBI scores with those after a random turn, [B] float64.
@@ -73,10 +74,12 @@ def rotation_consistency(
         generator: Random numbers of the angles, on the CPU.
         axis: Axis to turn about.
         forward: How to call the network.
+        pool: Which pool, if several feed the head.
         scores: [B, N] scores of the clouds as they are, if known.
     """
     if scores is None:
-        scores = point_importance(model, points, forward=forward).scores
+        scores = point_importance(model, points, forward=forward, pool=pool).scores
     angles = 2.0 * math.pi * torch.rand(len(points), generator=generator)
     moved = turned(points, angles.to(points.device, points.dtype), axis)
-    return rank_correlation(scores, point_importance(model, moved, forward=forward).scores)
+    after = point_importance(model, moved, forward=forward, pool=pool).scores
+    return rank_correlation(scores, after)

@@ -16,8 +16,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from cmd_plugin.callbacks import PointImportanceMonitor
-from cmd_plugin.errors import InputError
-from cmd_plugin.pointcloud import build_network, point_importance, shape_clouds
+from cmd_plugin.errors import InputError, ShapeError
+from cmd_plugin.pointcloud import (
+    build_network,
+    channels_first,
+    point_importance,
+    shape_clouds,
+)
 
 DATA = shape_clouds(24, 40)
 
@@ -144,6 +149,43 @@ def test_batches_that_cannot_be_cut_or_read_are_refused(namespace: str, tmp_path
     assert batch["cloud"].shape == (2, 4, 3)
     with pytest.raises(InputError, match="no clouds"):
         monitor._points({"points": 1})
+
+
+def test_a_module_that_takes_channels_first_says_so_and_is_watched(
+    namespace: str, tmp_path: Path
+) -> None:
+    class ChannelsFirst:
+        """Calls the network on [B, 3, N] batches, as most public PointNets want them."""
+
+        def forward(self, points: Tensor) -> Tensor:
+            if points.shape[1] != 3:
+                raise RuntimeError(f"expected 3 channels, got {points.shape[1]}")
+            return self.net(points.transpose(1, 2))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return cross_entropy(self(batch[0].transpose(1, 2)), batch[1])
+
+    lightning = importlib.import_module(namespace)
+    for forward in (None, channels_first):
+        kind = type("Module", (ChannelsFirst, Net, lightning.LightningModule), {})
+        monitor = PointImportanceMonitor(**({"forward": forward} if forward else {}))
+        trainer = lightning.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            callbacks=[monitor],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        loader = DataLoader(DATA, batch_size=8)
+        if forward is None:
+            with pytest.raises(ShapeError, match="forward=channels_first"):
+                trainer.fit(kind(), loader)
+        else:
+            trainer.fit(kind(), loader)
+            assert 0.0 < float(trainer.callback_metrics["importance/entropy"]) < 1.0
 
 
 def test_networks_without_a_maximum_say_so(namespace: str) -> None:

@@ -18,8 +18,15 @@ from cmd_plugin.pointcloud import (
     point_importance,
     query_attack,
 )
-from cmd_plugin.pointcloud.adversarial import _margin, estimate_normals, perturbation_size
+from cmd_plugin.pointcloud.adversarial import (
+    Attack,
+    _margin,
+    estimate_normals,
+    perturbation_size,
+    strongest_attack,
+)
 from tests.helpers.foreign_networks import Linear3
+from tests.helpers.public_networks import TNetPointNet
 
 
 def ellipsoids(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -159,3 +166,48 @@ def test_sizes_of_a_known_change() -> None:
     assert size["l2"] == pytest.approx(0.1)
     assert size["chamfer"] == pytest.approx(0.01)  # 0.005 each way
     assert size["hausdorff"] == pytest.approx(0.1)
+
+
+def test_the_published_step_of_the_query_attack_is_not_cut() -> None:
+    network, points, labels = setting()
+    attack = query_attack(network, network, points, labels, queries=60)
+    distance = (attack.points - points).norm(dim=2)
+    moved = distance[distance > 0]
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.32))
+
+
+def test_each_point_moves_by_the_size_if_each_gradient_is_normalised() -> None:
+    network, points, labels = setting()
+    attack = gradient_attack(
+        network, points, labels, steps=1, size=0.01, tangential=False, normalise="point"
+    )
+    distance = (attack.points - points).norm(dim=2)
+    seen = distance[distance > 1e-6]  # points without a gradient stay
+    torch.testing.assert_close(seen, torch.full_like(seen, 0.01), atol=1e-6, rtol=0)
+    assert len(seen) > 10
+    with pytest.raises(InputError, match="unknown normalise"):
+        gradient_attack(network, points, labels, normalise="axis")  # type: ignore[arg-type]
+
+
+def test_the_strongest_attack_fools_what_any_of_them_fools() -> None:
+    clouds = torch.arange(3.0).view(3, 1, 1).expand(3, 2, 3)
+    ones, never = torch.ones(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
+    first = Attack(clouds, torch.tensor([True, False, False]), never, ones)
+    second = Attack(-clouds, torch.tensor([True, True, False]), never, 2 * ones)
+    both = strongest_attack(first, second)
+    assert both.success.tolist() == [True, True, False]
+    assert both.points[:, 0, 0].tolist() == [0.0, -1.0, 2.0]
+    assert both.queries.tolist() == [3, 3, 3]
+    with pytest.raises(InputError, match="same clouds"):
+        strongest_attack()
+
+
+def test_networks_with_several_outputs_are_attacked_and_defended() -> None:
+    torch.manual_seed(0)
+    network, (points, _) = TNetPointNet(24).eval(), ellipsoids(2, 0)
+    with torch.no_grad():
+        labels = network(points)[0].argmax(dim=1)
+    defended = SubsetDefence(network, 60)
+    for target in (network, defended):
+        assert gradient_attack(target, points, labels, steps=2).points.shape == points.shape
+        assert query_attack(target, network, points, labels, queries=4).queries.max() <= 4

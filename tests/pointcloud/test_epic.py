@@ -154,3 +154,13 @@ def test_bad_input() -> None:
 
     with pytest.raises(ShapeError, match="the patch network must map"):
         EPiC(Wrong)(clouds())
+
+
+def test_networks_with_several_outputs_vote_by_their_first() -> None:
+    class Pair(Moments):
+        def forward(self, clouds: Tensor) -> tuple[Tensor, str]:  # type: ignore[override]
+            return super().forward(clouds), "features"
+
+    plain = EPiC(Moments, sizes=SIZES, extra={"whole": Moments()})
+    paired = EPiC(Pair, sizes=SIZES, extra={"whole": Pair()})
+    assert torch.equal(paired.votes(clouds()).logits, plain.votes(clouds()).logits)

@@ -17,6 +17,7 @@ from cmd_plugin.pointcloud import (
     build_network,
     channels_first,
     point_importance,
+    refocus,
 )
 from cmd_plugin.pointcloud.networks import NETWORKS
 from tests.helpers.foreign_networks import (
@@ -408,6 +409,28 @@ def test_zero_features_score_zero_and_no_others_do() -> None:
     points[0, 4] = 0.0
     seen = point_importance(Linear3(torch.randn(6, 3)), points)
     assert (seen.scores[0] == 0).nonzero().flatten().tolist() == [4]
+
+
+# -- layouts and types ----------------------------------------------------------------------------
+
+
+def test_a_network_that_takes_channels_first_says_how_to_call_it() -> None:
+    network, points = FunctionalMax().eval(), cloud()
+    with pytest.raises(ShapeError, match=r"takes \[B, C, N\].*forward=channels_first"):
+        point_importance(network, points)
+    with pytest.raises(ShapeError, match=r"look like \[B, C, N\].*forward=channels_first"):
+        point_importance(network, points.transpose(1, 2))
+    with pytest.raises(ShapeError, match="forward=channels_first"):
+        refocus(network, points)
+    assert point_importance(network, points, forward=channels_first).scores.shape == (2, 40)
+
+
+def test_arrays_and_float64_are_taken() -> None:
+    network, points = build_network("pointnet", 4, width=0.25).eval(), cloud()
+    expected = point_importance(network, points).scores
+    for given in (points.numpy(), points.double(), points.double().numpy()):
+        assert torch.equal(point_importance(network, given).scores, expected)
+    assert torch.equal(refocus(network, points.numpy()).kept, refocus(network, points).kept)
 
 
 # -- bad input ------------------------------------------------------------------------------------

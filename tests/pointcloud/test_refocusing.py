@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmd_plugin.errors import InputError
+from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.pointcloud import (
+    SubsetDefence,
     build_network,
     importance_order,
     kept_count,
@@ -21,7 +22,10 @@ from cmd_plugin.pointcloud import (
     statistical_scores,
     uncritical_subset,
 )
-from tests.helpers.foreign_networks import Linear3, Pooled
+from cmd_plugin.pointcloud.outliers import outlier_ranking
+from cmd_plugin.pointcloud.rotation import rotation_consistency
+from tests.helpers.foreign_networks import Linear3, Pooled, TwoLevels
+from tests.helpers.public_networks import Squeezing, TNetPointNet
 
 
 def cloud(batch: int = 2, count: int = 120, seed: int = 0) -> Tensor:
@@ -177,3 +181,63 @@ def test_all_sizes_of_subsets_occur_and_statistics_stay() -> None:
     assert model.training
     with pytest.raises(InputError, match="single point"):
         uncritical_subset(model, points[:, :1], generator)
+
+
+# -- networks as they come ------------------------------------------------------------------------
+
+
+def test_networks_that_squeeze_are_refocused_cloud_by_cloud() -> None:
+    torch.manual_seed(0)
+    squeezing, points = Squeezing(24).eval(), cloud()
+    plain = refocus(squeezing, points, minimum=10)
+    assert plain.output.shape == (2, 5)
+    for number in range(2):
+        alone = refocus(squeezing, points[number : number + 1], minimum=10)
+        assert alone.output.shape == (1, 5)
+        torch.testing.assert_close(alone.output[0], plain.output[number])
+
+
+def test_networks_with_several_outputs_are_refocused_and_segmentation_is_refused() -> None:
+    torch.manual_seed(0)
+    assert refocus(TNetPointNet(24).eval(), cloud()).output.shape == (2, 5)
+    labelling = Pooled(lambda x: x + x.amax(dim=1, keepdim=True)).eval()
+    with pytest.raises(ShapeError, match=r"not one row of class scores.*segmentation"):
+        refocus(labelling, cloud())
+
+
+def test_a_pool_can_be_named_wherever_a_network_is_called() -> None:
+    torch.manual_seed(0)
+    model, points = TwoLevels().eval(), cloud()
+    assert refocus(model, points, pool=1).output.shape == (2, 4)
+    assert remove_outliers(model, points, pool=1).shape == (2, 120)
+    subset = uncritical_subset(model, points, torch.Generator().manual_seed(0), pool=1)
+    assert subset.shape[1] < 120
+    assert rotation_consistency(model, points, torch.Generator(), pool=1).shape == (2,)
+    assert SubsetDefence(model, 60, pool=1)(points).shape == (2, 4)
+
+
+# -- do counts find outliers on this network? -----------------------------------------------------
+
+
+def test_a_network_that_reaches_outwards_ranks_planted_outliers_first() -> None:
+    torch.manual_seed(0)
+    reaching = Linear3(nn.functional.normalize(torch.randn(400, 3), dim=1)).eval()
+    ranking = outlier_ranking(reaching, cloud(2, 300) * 0.1)
+    assert ranking.counts > 0.7
+    assert ranking.counts_tell
+    assert ranking.statistical > 0.7
+
+
+def test_a_network_that_prefers_the_middle_does_not_and_says_so() -> None:
+    class Inwards(Linear3):
+        def forward(self, x: Tensor) -> Tensor:
+            inside = (x @ self.weight.T) / (1e-3 + x.square().sum(dim=2, keepdim=True))
+            return inside.amax(dim=1)
+
+    torch.manual_seed(0)
+    ranking = outlier_ranking(Inwards(torch.randn(24, 3)).eval(), cloud(1, 300) * 0.1, planted=5)
+    assert ranking.counts < 0.6
+    assert not ranking.counts_tell
+    assert ranking.planted == 5
+    with pytest.raises(InputError, match="planted and draws"):
+        outlier_ranking(network(), cloud(), planted=0)
