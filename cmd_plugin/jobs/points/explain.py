@@ -17,8 +17,7 @@ from cmd_plugin.pointcloud.class_evidence import class_evidence
 from cmd_plugin.pointcloud.files import load_cloud, load_voxels, voxel_clouds
 from cmd_plugin.pointcloud.plots import plot_views, write_ply, write_view
 from cmd_plugin.runs.figures import save_figure
-from cmd_plugin.runs.job import Job
-from cmd_plugin.runs.progress import ReportProgress
+from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.result import Result
 from cmd_plugin.runs.table import Table
 
@@ -36,23 +35,12 @@ class _Scored(NamedTuple):
     left_out: dict[str, str]
 
 
-def run(
-    options: ExplainOptions,
-    out: str | Path | None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: ReportProgress | None = None,
-) -> Result:
+@make_job("points explain")
+def run(job: Job, options: ExplainOptions) -> Result:
     """Score the points of clouds, and write what a person wants to see.
 
-    Args:
-        options: The options.
-        out: Folder for view.html, view.png, view.ply, view.csv and result.json; of several clouds
-            the first four lie in a folder for each, called after it. None keeps nothing.
-        resume: Go on with an unfinished run in ``out``, from its start.
-        overwrite: Replace what lies in ``out``.
-        progress: Called when the scores and each file are there.
+    Written are view.html, view.png, view.ply and view.csv; of several clouds in a folder for each,
+    called after it.
 
     Returns:
         The network's ``answer`` and its ``probability``; ``entropy`` and ``critical_points`` of the
@@ -71,28 +59,23 @@ def run(
     size = options.points or explained.trained_on or _POINTS
     clouds = {name_of(path): _cloud(options, Path(path), size) for path in options.clouds}
     several = len(clouds) > 1
-    with Job(
-        "points explain", options, out, resume=resume, overwrite=overwrite, progress=progress
-    ) as job:
-        if job.result is not None:
-            return job.result
-        found = {}
-        for number, (name, places) in enumerate(clouds.items()):
-            folder = job.folder.path(name if several else ".")
-            folder.mkdir(exist_ok=True)
-            found[name] = _explain(job, options, explained, places, folder, number, len(clouds))
-        points = {name: len(places) for name, places in clouds.items()}
-        paths = {name_of(path): str(path) for path in options.clouds}
-        (first,) = list(clouds)[:1]
-        return job.finish(
-            metrics={"clouds": found} if several else found[first],
-            data={
-                **({"clouds": paths} if several else {"cloud": paths[first]}),
-                "points": points if several else points[first],
-                "trained_on": explained.trained_on,
-                "classes": list(explained.classes),
-            },
-        )
+    found = {}
+    for number, (name, places) in enumerate(clouds.items()):
+        folder = job.folder.path(name if several else ".")
+        folder.mkdir(exist_ok=True)
+        found[name] = _explain(job, options, explained, places, folder, number, len(clouds))
+    points = {name: len(places) for name, places in clouds.items()}
+    paths = {name_of(path): str(path) for path in options.clouds}
+    (first,) = list(clouds)[:1]
+    return job.finish(
+        metrics={"clouds": found} if several else found[first],
+        data={
+            **({"clouds": paths} if several else {"cloud": paths[first]}),
+            "points": points if several else points[first],
+            "trained_on": explained.trained_on,
+            "classes": list(explained.classes),
+        },
+    )
 
 
 def _explain(
