@@ -165,8 +165,10 @@ class Embedder:
         state.require(not bool(mask[members].any()), "embedded", "has the weight of a profile")
         state.require(events > 0 or not bool(mask.any()), "embedded", "has weights of no event")
         for name, values in (("scale", scale), ("offset", offset)):
-            sound = bool(values[mask].isfinite().all())
-            state.require(sound, name, "holds NaN or infinite values")
+            tied = values[mask].double().abs()
+            # Drift is a root of squares: what was embedded had coefficients that have a square.
+            sound = bool((tied.square() <= 16.0 * torch.finfo(dtype).max).all())
+            state.require(sound, name, "holds NaN, or coefficients that are far too large")
         embedder = cls.__new__(cls)
         embedder.settings = settings
         embedder.events = state.whole("events", events, events)
