@@ -14,6 +14,7 @@ from cmd_plugin.modes.clustering import (
     cluster_correlations,
     correlation_matrix,
 )
+from cmd_plugin.runs.process import own_threads
 
 __all__ = [
     "MAX_MODES",
@@ -120,6 +121,14 @@ def choose_modes(
         InputError: If ``profile`` is unknown.
     """
     check_profile(profile)
+    # On one thread: of hundreds of small parallel regions each would wait for the slowest thread.
+    with own_threads(1):
+        return _choose(rows, samples, modes, profile, dtype)
+
+
+def _choose(
+    rows: Tensor, samples: Tensor, modes: int, profile: str, dtype: torch.dtype
+) -> ModeChoice:
     moving = moving_rows(rows, dtype)
     rows, samples = rows[moving], samples[moving]
     if not samples.numel():

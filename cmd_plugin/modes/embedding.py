@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fractions import Fraction
 from math import ceil
 from typing import Any
+
+import torch
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.kernels import coefficient_drift, select_smallest
 from cmd_plugin.modes.layout import Layout
 from cmd_plugin.modes.settings import Embedding
+from cmd_plugin.modes.states import SavedState
 from cmd_plugin.modes.tied import TiedWeights
 from cmd_plugin.modes.tracker import Tracker
 
@@ -138,16 +140,42 @@ class Embedder:
 
     @classmethod
     def from_state(
-        cls, settings: Embedding, state: Mapping[str, Any], tracker: Tracker, layout: Layout
+        cls, settings: Embedding, state: SavedState, tracker: Tracker, layout: Layout, first: int
     ) -> Embedder:
-        """Return the embedder that :meth:`state_dict` described, bit for bit."""
+        """Return the embedder that :meth:`state_dict` described, bit for bit.
+
+        Args:
+            settings: When and how to embed.
+            state: The state.
+            tracker: The fitted state; its ``tied`` is set here.
+            layout: Layout of the N weights.
+            first: Number of snapshots that were fitted.
+
+        Raises:
+            StateMismatch: If it is damaged.
+        """
+        numel, dtype, members = layout.numel, tracker.slope.dtype, tracker.choice.members
+        snapshots = state.whole("snapshots", tracker.seen, tracker.seen)
+        events = (snapshots - 1) // settings.every - (first - 1) // settings.every
+        # Of a free weight they may have overflowed: then it was not embedded.
+        scale, offset = (
+            state.tensor(name, (numel,), dtype, finite=False) for name in ("scale", "offset")
+        )
+        mask = state.tensor("embedded", (numel,), torch.bool)
+        state.require(not bool(mask[members].any()), "embedded", "has the weight of a profile")
+        state.require(events > 0 or not bool(mask.any()), "embedded", "has weights of no event")
+        for name, values in (("scale", scale), ("offset", offset)):
+            tied = values[mask].double().abs()
+            # Drift is a root of squares: what was embedded had coefficients that have a square.
+            sound = bool((tied.square() <= 16.0 * torch.finfo(dtype).max).all())
+            state.require(sound, name, "holds NaN, or coefficients that are far too large")
         embedder = cls.__new__(cls)
         embedder.settings = settings
-        arrays = (state[name].clone() for name in ("scale", "offset", "embedded"))
-        embedder.tied = TiedWeights(layout, tracker.choice, tracker.mode, *arrays)
+        embedder.events = state.whole("events", events, events)
+        embedder._snapshots = snapshots
+        most = numel * (snapshots - first)
+        embedder._embedded_after = state.whole("embedded_after", 0, most)
+        embedder._embedded_before = state.whole("embedded_before", 0, embedder._embedded_after)
+        embedder.tied = TiedWeights(layout, tracker.choice, tracker.mode, scale, offset, mask)
         tracker.tied = embedder.tied
-        embedder.events = int(state["events"])
-        embedder._snapshots = int(state["snapshots"])
-        embedder._embedded_after = int(state["embedded_after"])
-        embedder._embedded_before = int(state["embedded_before"])
         return embedder

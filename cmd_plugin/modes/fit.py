@@ -12,6 +12,7 @@ from cmd_plugin.kernels.flat_view import BLOCK
 from cmd_plugin.kernels.mode_table import ModeTable
 from cmd_plugin.modes.choice import ModeChoice
 from cmd_plugin.modes.layout import Layout
+from cmd_plugin.runs.process import own_threads
 
 __all__ = [
     "explained_by_layer",
@@ -46,6 +47,7 @@ def fit_modes(
     return fit
 
 
+@own_threads(1)  # a block is too short to be worth waiting for a second thread
 def explained_by_layer(
     layout: Layout,
     mode: Tensor,
@@ -100,6 +102,7 @@ def total_by_layer(layout: Layout, total: Tensor) -> Tensor:
     return torch.tensor(sums, dtype=torch.float64)
 
 
+@own_threads(1)
 def sum_in_double(values: Tensor) -> float:
     """Return the float64 sum of a tensor, block by block.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmd_plugin.errors import InputError, PluginError, StateMismatch
+from cmd_plugin.errors import InputError, PluginError
 from cmd_plugin.kernels import FlatView
 from cmd_plugin.kernels.update_affine import accepts
 from cmd_plugin.modes.decomposition import Decomposition
@@ -20,8 +20,9 @@ from cmd_plugin.modes.exchange import modelled, normalisations
 from cmd_plugin.modes.fit import explained_share
 from cmd_plugin.modes.layout import Layout, check_buffers, find_weights
 from cmd_plugin.modes.sampling import sample_weights
-from cmd_plugin.modes.settings import Embedding, Settings
+from cmd_plugin.modes.settings import Embedding, Settings, require_same_run
 from cmd_plugin.modes.source import Source, WeightSource, diverged
+from cmd_plugin.modes.states import SavedState
 from cmd_plugin.modes.tied import Owned, moved_by
 from cmd_plugin.modes.tracker import Tracker
 from cmd_plugin.modes.warmup import WarmUp
@@ -471,32 +472,35 @@ class OnlineModes:
         """Continue from what :meth:`state_dict` returned.
 
         Raises:
-            StateMismatch: If the state is of another version, model or configuration; nothing is
-                changed then.
+            StateMismatch: If the state is of another version, model or configuration, or damaged;
+                names the entry; nothing is changed then.
         """
-        if state.get("version") != _VERSION:
-            raise StateMismatch(
-                f"the saved modes have version {state.get('version')!r} and this package reads "
-                f"{_VERSION}: start anew or use the package that wrote them."
-            )
-        self.layout.require_same(Layout.from_json(state["layout"]), "the saved state")
-        dtype = str(self.layout.state_dtype).removeprefix("torch.")
-        if state["dtype"] != dtype:
-            raise StateMismatch(
-                f"the saved modes are of {state['dtype']} weights, not {dtype}: use the same dtype."
-            )
-        self.settings.require_same(state["config"])
+        saved = SavedState(state)
+        require_same_run(saved, _VERSION, self.layout, self.settings)
         warmup: WarmUp | None = None
         embedder: Embedder | None = None
         # All is made new before anything of this object changes; and later updates are in place.
         with torch.inference_mode(False), torch.no_grad():
-            samples, updates = state["samples"].clone(), int(state["updates"])
-            tracker = None if state["tracker"] is None else Tracker.from_state(state["tracker"])
-            if tracker is None and not state["still"]:
+            samples = saved.distinct("samples", self.samples.numel(), self.numel)
+            updates, first = saved.whole("updates", 0), self.settings.warmup + 1
+            still, fitted = saved.flag("still"), saved.part("tracker")
+            saved.require(not (still and fitted), "still", "is True, and there are modes")
+            done = still or fitted is not None
+            saved.require(
+                (updates >= first) == done, "updates", f"is {updates}, a fit takes {first}"
+            )
+            tracker = None
+            if fitted is not None:
+                tracker = Tracker.from_state(fitted, self.layout, self.settings, updates)
+            elif not still:
                 warmup = WarmUp(self.settings, self.layout, samples, self._store_device)
-                warmup.load_state_dict(state["warmup"])
-            embedding, held = self.settings.embedding, state.get("embedder")
+                warmup.load_state(saved.part("warmup"), updates)
+            embedding, held = self.settings.embedding, saved.part("embedder")
+            wanted = tracker is not None and embedding is not None
+            saved.require((held is not None) == wanted, "embedder", "does not fit the settings")
             if embedding is not None and held is not None and tracker is not None:
-                embedder = Embedder.from_state(embedding, held, tracker, self.layout)
+                embedder = Embedder.from_state(embedding, held, tracker, self.layout, first)
+            if tracker is not None:
+                tracker.require_finite(self.layout, saved)
         self._warmup, self._tracker, self._embedder = warmup, tracker, embedder
         self.samples, self.updates = samples, updates

@@ -155,7 +155,9 @@ def _check_tensor(trajectory: Tensor) -> Layout:
         )
     _require_three(trajectory.shape[0])
     layout = Layout.of_vector(trajectory.shape[1], trajectory.dtype)
-    for t, snapshot in enumerate(trajectory.detach()):
+    # One look at all of it; snapshot by snapshot only to say where it is not finite.
+    finite = all(isfinite(float(end)) for end in trajectory.detach().aminmax())
+    for t, snapshot in enumerate(() if finite else trajectory.detach()):
         _require_finite(FlatView([snapshot]), layout, f"snapshot {t} of the trajectory")
     return layout
 

@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args
 
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.modes.choice import check_modes, check_profile
+from cmd_plugin.modes.layout import Layout
+from cmd_plugin.modes.states import SavedState, shown
 from cmd_plugin.modes.store import check_storage
 
-__all__ = ["Embedding", "Projection", "Settings", "Slots"]
+__all__ = ["Embedding", "Projection", "Settings", "Slots", "require_same_run"]
 
 Projection = Literal["epoch", "step", "tie", "pool"]
 Slots = Literal["leave", "zero"]
@@ -105,8 +107,38 @@ class Settings:
     def require_same(self, saved: Mapping[str, Any]) -> None:
         """Raise StateMismatch, naming the first one that differs, unless ``saved`` has the same."""
         for name, value in asdict(self).items():
-            if saved.get(name) != value:
+            if not _same(saved.get(name), value):
+                held = " ".join(repr(saved.get(name)).split())[:300]
                 raise StateMismatch(
-                    f"the saved modes were made with {name}={saved.get(name)!r}, not {value!r}: "
-                    "use the same value to continue."
+                    f"the saved modes were made with {name}={held}, not {value!r}: use the same "
+                    "value to continue."
                 )
+
+
+def require_same_run(state: SavedState, version: int, layout: Layout, settings: Settings) -> None:
+    """Raise StateMismatch if a state is of another version, of other weights or settings."""
+    held = state.get_or_none("version")
+    if type(held) is not int or held != version:
+        raise StateMismatch(
+            f"the saved modes have version {shown(held)} and this package reads {version}: start "
+            "anew or use the package that wrote them."
+        )
+    layout.require_same(state.layout("layout"), "the saved state")
+    held, dtype = state.get("dtype"), str(layout.state_dtype).removeprefix("torch.")
+    if not isinstance(held, str) or held != dtype:
+        raise StateMismatch(
+            f"the saved modes are of {shown(held)} weights, not {dtype}: use the same dtype."
+        )
+    settings.require_same(state.table("config"))
+
+
+def _same(saved: object, value: object) -> bool:
+    """Whether a value out of a file, which may be anything, is the one expected."""
+    if isinstance(value, dict):
+        return (
+            isinstance(saved, Mapping)
+            and saved.keys() == value.keys()
+            and all(_same(saved[name], value[name]) for name in value)
+        )
+    plain = saved is None or isinstance(saved, (bool, int, float, str))
+    return plain and isinstance(saved, bool) == isinstance(value, bool) and saved == value

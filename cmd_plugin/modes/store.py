@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from cmd_plugin.errors import InputError
 from cmd_plugin.kernels import FlatView, snapshot_delta
+from cmd_plugin.modes.states import SavedState
 
 __all__ = ["STORAGES", "TrajectoryStore", "check_storage"]
 
@@ -108,14 +110,29 @@ class TrajectoryStore:
             "base": None if self._base is None or not self.count else self._base.cpu().clone(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned, bit for bit."""
-        self.count = int(state["count"])
-        self._rows[: self.count].copy_(state["rows"])
-        if self.count:
-            self.trajectory.copy_(state["snapshots"])
-            if self._base is not None:
-                self._base.copy_(state["base"])
+    def load_state_dict(self, state: Mapping[str, Any] | SavedState) -> None:
+        """Continue from what :meth:`state_dict` returned, bit for bit.
+
+        Raises:
+            StateMismatch: If it is damaged; nothing is changed then.
+        """
+        saved = state if isinstance(state, SavedState) else SavedState(state)
+        count, numel = saved.whole("count", 0, len(self._rows)), self._snapshots.shape[1]
+        deltas, dtype = self._base is not None, self._snapshots.dtype
+        read_as = dtype if self._base is None else self._base.dtype
+        rows = saved.weights("rows", (count, self.samples.numel()), torch.float64, read_as)
+        base = snapshots = None
+        if count:
+            base = saved.weights("base", (numel,), read_as, read_as) if deltas else None
+            snapshots = saved.weights("snapshots", (count - deltas, numel), dtype, read_as)
+        for name, held in (("base", base), ("snapshots", snapshots)):
+            saved.require((saved.get(name) is None) == (held is None), name, "should be None")
+        self.count = count
+        self._rows[:count].copy_(rows)
+        if snapshots is not None:
+            self.trajectory.copy_(snapshots)
+        if self._base is not None and base is not None:
+            self._base.copy_(base)
 
 
 def _rows(count: int, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,6 +16,8 @@ from cmd_plugin.modes.choice import ModeChoice
 from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.fit import explained_by_layer, sum_in_double, sum_of_squares
 from cmd_plugin.modes.layout import Layout
+from cmd_plugin.modes.settings import Settings
+from cmd_plugin.modes.states import SavedState
 from cmd_plugin.modes.tied import TiedWeights
 
 __all__ = ["Evaluation", "Tracker"]
@@ -31,6 +33,7 @@ class Evaluation(TypedDict, total=False):
 
 _FAR = 2.0**32  # S over Z, or Z over S, beyond which Z moves
 _STILL = 2.0**-200  # sum of squares of a profile below which Z stays where it is
+_FAR_MEMBER = 2.0**40  # a profile over a sample, in movement, that no float32 tells apart
 _NOTHING = 2.0**-100  # S over Z below which the profile has stood still
 _HISTORY = 1024  # snapshots of the profiles that are kept; beyond it every second one is dropped
 
@@ -54,6 +57,7 @@ class Tracker:
     Attributes:
         tied: The weights that follow their mode for good, with coefficients of their own: all that
             this class says about weights takes these instead of the fitted ones. None for none.
+        seen: Number of snapshots taken in.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class Tracker:
         self._profiles = [column.clone() for column in profiles.T]
         self._labels = list(labels)
         self._stride = 1
-        self._seen = len(self._labels)
+        self.seen = len(self._labels)
         self._last_label = self._labels[-1]
 
     @property
@@ -169,10 +173,10 @@ class Tracker:
             self.total[at] = self.squares.to(device, dtype)
 
     def _remember(self, profile: Tensor, label: int) -> None:
-        if self._seen % self._stride == 0:
+        if self.seen % self._stride == 0:
             self._profiles.append(profile)
             self._labels.append(label)
-        self._seen += 1
+        self.seen += 1
         self._last_label = label
         if len(self._labels) > _HISTORY:
             self._profiles, self._labels = self._profiles[::2], self._labels[::2]
@@ -181,7 +185,7 @@ class Tracker:
     def history(self) -> tuple[list[int], Tensor]:
         """Return labels and profiles [M, T] float64 of the snapshots remembered and the last."""
         labels, profiles = list(self._labels), list(self._profiles)
-        if (self._seen - 1) % self._stride:  # the last snapshot fell between two remembered ones
+        if (self.seen - 1) % self._stride:  # the last snapshot fell between two remembered ones
             labels.append(self._last_label)
             profiles.append(self.profile)
         return labels, torch.stack(profiles, dim=1)
@@ -331,27 +335,109 @@ class Tracker:
             "profiles": torch.stack(self._profiles),
             "labels": list(self._labels),
             "stride": self._stride,
-            "seen": self._seen,
+            "seen": self.seen,
             "last_label": self._last_label,
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Tracker:
-        """Return the tracker that :meth:`state_dict` described, bit for bit."""
+    def from_state(
+        cls, state: SavedState, layout: Layout, settings: Settings, seen: int
+    ) -> Tracker:
+        """Return the tracker that :meth:`state_dict` described, bit for bit.
+
+        Args:
+            state: The state.
+            layout: Layout of the N weights.
+            settings: The settings of the run.
+            seen: Number of snapshots it is known to have taken in.
+
+        Raises:
+            StateMismatch: If it is damaged.
+        """
+        numel, dtype, double = layout.numel, layout.state_dtype, torch.float64
         tracker = cls.__new__(cls)
-        tracker.choice = ModeChoice(
-            *(state[k].clone() for k in ("references", "members", "member_mode", "member_weight"))
+        tracker.choice = choice = _saved_choice(state, numel, settings)
+        modes = choice.modes
+        tracker.mode = state.tensor("mode", (numel,), torch.uint8)
+        last = int(tracker.mode.max())
+        state.require(last < modes, "mode", f"has a weight in mode {last} of {modes}")
+        tracker.slope = state.tensor("slope", (numel,), dtype)
+        tracker.mean = state.weights("mean", (numel,), dtype, dtype)
+        tracker.total = None
+        if settings.shrink:
+            tracker.total = state.tensor("total", (numel,), dtype)
+            state.require(not bool((tracker.total < 0).any()), "total", "is negative")
+        else:
+            state.require(state.get("total") is None, "total", "is there without shrink=True")
+        tracker.total_sum = state.number("total_sum", 0.0, torch.finfo(dtype).max)
+        tracker.count = state.number("count", 1.0, seen)
+        tracker.profile, tracker.profile_mean = (
+            state.weights(name, (modes,), double, dtype) for name in ("profile", "profile_mean")
         )
-        for name in ("mode", "slope", "mean", "profile", "profile_mean", "squares", "unit"):
-            setattr(tracker, name, state[name].clone())
-        tracker.total = None if state["total"] is None else state["total"].clone()
-        tracker.total_sum = float(state["total_sum"])
-        tracker.count = float(state["count"])
-        tracker.forgetting = float(state["forgetting"])
+        tracker.squares, tracker.unit = (
+            state.tensor(name, (modes,), double) for name in ("squares", "unit")
+        )
+        held = float(tracker.squares.max()) <= torch.finfo(dtype).max
+        state.require(held, "squares", "is far too large")
+        state.require(not bool((tracker.squares < 0).any()), "squares", "is negative")
+        state.require(not bool((tracker.unit <= 0).any()), "unit", "is not positive")
+        if settings.profile == "reference":  # of which each is one of the weights of the total
+            within = tracker.squares <= max(_STILL, 2.0**20 * tracker.total_sum)
+            state.require(bool(within.all()), "squares", "is more than its part of total_sum")
+        tracker.forgetting = state.number("forgetting", 0.0, 1.0)
+        state.require(
+            tracker.forgetting == settings.forgetting, "forgetting", "is not that of the settings"
+        )
         tracker.tied = None
-        tracker._profiles = list(state["profiles"].clone())
-        tracker._labels = list(state["labels"])
-        tracker._stride = int(state["stride"])
-        tracker._seen = int(state["seen"])
-        tracker._last_label = int(state["last_label"])
+        tracker.seen = state.whole("seen", seen, seen)
+        tracker._stride = state.whole("stride", 1, seen)
+        kept = -(-seen // tracker._stride)
+        state.require(kept <= _HISTORY, "stride", f"keeps {kept} snapshots of at most {_HISTORY}")
+        tracker._profiles = list(state.weights("profiles", (kept, modes), double, dtype))
+        tracker._labels = state.whole_numbers("labels", kept)
+        tracker._last_label = state.whole("last_label")
         return tracker
+
+    def require_finite(self, layout: Layout, state: SavedState) -> None:
+        r"""Raise StateMismatch if what a saved state makes of the weights is not finite.
+
+        Each of its numbers may be sound, and their products too large. Of a true state
+        :math:`(\sigma_i Z)^2 \le V_i S`, with V at most :attr:`total_sum`; rounding is given room.
+
+        Args:
+            layout: Layout of the N weights.
+            state: The state this tracker, and the weights tied to it, were read from.
+        """
+        room = torch.finfo(self.slope.dtype).max * 2.0**-20
+        arrays = [self.slope, *([] if self.total is None else [self.total])]
+        sound = all(float(array.abs().max()) <= room for array in arrays)
+        steepest = torch.zeros_like(self.unit).scatter_reduce_(
+            0, self.mode.long(), self.slope.abs().double(), "amax"
+        )
+        bound = 2.0**40 * self.total_sum * self.squares
+        within = (steepest * self.unit).square() <= bound
+        sound = sound and bool((within | (self.squares <= _STILL)).all())
+        for make in (self.reconstruct, self.scale, self.offset):
+            sound = sound and bool(make().isfinite().all())
+        sound = sound and isfinite(self.explained(layout))
+        state.require(sound, "tracker", "makes weights that are not finite")
+
+
+def _saved_choice(state: SavedState, numel: int, settings: Settings) -> ModeChoice:
+    """Return the modes of a saved state."""
+    references = state.distinct("references", None, numel)
+    modes = references.numel()
+    state.require(1 <= modes <= settings.modes, "references", f"is of {modes} modes")
+    members = state.distinct("members", None, numel)
+    count = members.numel()
+    mode = state.indices("member_mode", count, modes)
+    weight = state.tensor("member_weight", (count,), torch.float64)
+    sound = float(weight.abs().max()) <= _FAR_MEMBER
+    state.require(sound, "member_weight", "is far too large")
+    used = bool(torch.bincount(mode, minlength=modes).all())
+    state.require(used, "member_mode", "leaves a mode without a member")
+    if settings.profile == "reference":
+        state.require(torch.equal(members, references), "members", "are not the references")
+        state.require(torch.equal(mode, torch.arange(modes)), "member_mode", "is out of order")
+        state.require(bool((weight == 1.0).all()), "member_weight", "is not 1")
+    return ModeChoice(references, members, mode, weight)

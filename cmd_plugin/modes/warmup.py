@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmd_plugin.errors import PluginError
+from cmd_plugin.errors import PluginError, StateMismatch
 from cmd_plugin.kernels import FlatView
 from cmd_plugin.modes.choice import ModeChoice, choose_modes
 from cmd_plugin.modes.fit import fit_modes
 from cmd_plugin.modes.layout import Layout
 from cmd_plugin.modes.posthoc import rows_of
 from cmd_plugin.modes.settings import Settings
+from cmd_plugin.modes.states import SavedState
 from cmd_plugin.modes.store import TrajectoryStore
 from cmd_plugin.modes.tracker import Tracker
 
@@ -106,10 +106,29 @@ class WarmUp:
             return None
         return {"labels": list(self._labels), "store": self._store.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Continue from what :meth:`state_dict` returned, bit for bit."""
-        self._labels, self._store = [], None
+    def load_state(self, state: SavedState | None, snapshots: int) -> None:
+        """Continue from what :meth:`state_dict` returned, bit for bit.
+
+        Args:
+            state: The state; None if there was no snapshot yet.
+            snapshots: Number of snapshots it is known to hold.
+
+        Raises:
+            StateMismatch: If it is damaged.
+        """
+        labels: list[int] = []
+        store = None
         if state is not None:
-            self._labels = list(state["labels"])
-            self._store = self._new_store("cpu")
-            self._store.load_state_dict(state["store"])
+            labels = state.whole_numbers("labels", snapshots)
+            store = self._new_store("cpu")
+            held = state.part("store")
+            state.require(held is not None and snapshots > 0, "store", "is empty")
+            if held is not None:
+                held.whole("count", snapshots, snapshots)
+                store.load_state_dict(held)
+        elif snapshots:
+            raise StateMismatch(
+                f"the saved modes are damaged: 'warmup' is missing after {snapshots} snapshots: "
+                "use another checkpoint."
+            )
+        self._labels, self._store = labels, store
