@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.kernels.counter_random import derived_seed
 from cmd_plugin.networks.measuring import undisturbed
+from cmd_plugin.pointcloud._interception import class_scores
 from cmd_plugin.pointcloud.clouds import PointClouds
 from cmd_plugin.pointcloud.epic import EPiC
-from cmd_plugin.pointcloud._interception import class_scores
 from cmd_plugin.pointcloud.outliers import statistical_outliers
 from cmd_plugin.pointcloud.partials import SIZES
 from cmd_plugin.pointcloud.refocusing import (
