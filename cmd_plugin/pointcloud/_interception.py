@@ -243,6 +243,8 @@ def _kinds(
     model: nn.Module, points: Tensor, forward: Forward, pools: list[Pool], places: int
 ) -> dict[int, tuple[int, int]]:
     kinds = Kinds(pools)
+    if forward is as_it_is or forward is channels_first:
+        points = points[:2]  # two clouds tell as much; a forward of the user's may need them all
     surroundings = undisturbed(model, buffers=False, eager=True, device=points.device)
     # A network may fail on such clouds. What was seen until then counts, and the rest stays
     # doubtful, which is an error where it matters.

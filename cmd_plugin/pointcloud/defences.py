@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.kernels.counter_random import derived_seed
 from cmd_plugin.networks.measuring import undisturbed
+from cmd_plugin.pointcloud._interception import class_scores
 from cmd_plugin.pointcloud.clouds import PointClouds
 from cmd_plugin.pointcloud.epic import EPiC
 from cmd_plugin.pointcloud.outliers import statistical_outliers
@@ -124,10 +125,10 @@ class Defences(nn.Module):
             votes = self.ensemble.votes(points, index).logits
             cleaned = repeated_to_size(points, statistical_outliers(points))
             return {
-                "plain": focused.importance.output,
+                "plain": class_scores(focused.importance.output, len(points)),
                 "refocused": focused.output,
                 "refocused, trained": trained.output,
-                "SOR": self.plain(cleaned),
+                "SOR": class_scores(self.plain(cleaned), len(points)),
                 "EPiC": votes,
                 "EPiC + refocused": torch.cat([votes, member[:, None]], dim=1),
             }

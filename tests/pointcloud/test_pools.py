@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -22,6 +23,7 @@ from tests.helpers.public_networks import (
     SortedFeatures,
     Squeezing,
     StableAttention,
+    farthest_point_sample,
 )
 
 WIDTH = 40
@@ -97,6 +99,23 @@ def test_pct_is_scored_where_channels_are_as_many_as_points(count: int, width: f
         tokens = network.token_points(points)
     own = entered[0].abs().sum(dim=1)
     torch.testing.assert_close(seen.norm.gather(1, tokens), own)
+
+
+@pytest.mark.parametrize("count", [24, 57])
+def test_entropy_is_that_of_the_tokens_and_points_have_the_counts_of_theirs(count: int) -> None:
+    network, points = made(SetAbstraction), cloud(2, count)
+    seen = point_importance(network, points, "critical++")
+    entered: list[Tensor] = []
+    network.b.register_forward_hook(lambda *call: entered.append(torch.relu(call[2])[:, :, 0]))
+    with torch.no_grad():
+        network(points)
+    winners = entered[0].argmax(dim=2)  # [B, F] numbers of tokens
+    counts = torch.stack([row.bincount(minlength=24) for row in winners])
+    share = (counts.double() + 1e-6) / (counts.double() + 1e-6).sum(dim=1, keepdim=True)
+    expected = -(share * share.log2()).sum(dim=1) / math.log2(24)
+    torch.testing.assert_close(seen.entropy, expected)
+    chosen = farthest_point_sample(points, 24)
+    assert torch.equal(seen.scores.gather(1, chosen), counts.to(seen.scores.dtype))
 
 
 def test_as_many_clouds_as_points_change_nothing() -> None:
