@@ -116,5 +116,6 @@ def dequantise(
     else:
         whole = np.frombuffer(codes, dtype=_whole(bits)).astype(np.float32)
     factors = np.frombuffer(scales, dtype="<f4").astype(np.float32)
-    values: npt.NDArray[np.float32] = whole * np.repeat(factors, BLOCK)[:count]
+    with np.errstate(over="ignore", invalid="ignore"):  # the receiver refuses what is not finite
+        values: npt.NDArray[np.float32] = whole * np.repeat(factors, BLOCK)[:count]
     return values

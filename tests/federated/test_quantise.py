@@ -77,3 +77,10 @@ def test_bits() -> None:
     assert [check_bits(bits) for bits in (None, 4, 8)] == [0, 4, 8]
     with pytest.raises(InputError, match="bits must be one of 4, 8 or None, got 7"):
         check_bits(7)
+
+
+def test_a_scale_that_is_too_large_gives_infinity_without_a_warning() -> None:
+    """The receiver refuses it by client and tensor; a warning would end strict runs instead."""
+    for scale in (3e38, np.inf):
+        found = dequantise(bytes([127, 0]), np.float32(scale).tobytes(), 2, 8)
+        assert not np.isfinite(found).all()

@@ -103,7 +103,7 @@ def draw_report(
             share.set_ylabel("weights not sent, %")
             share.spines[["right"]].set_visible(True)
             handles, labels = [*handles, line], [*labels, "weights not sent, %"]
-        legend_below(right, handles=handles, labels=labels)
+        legend_below(right, 3, handles=handles, labels=labels)
         figure.suptitle(
             f"{options.model} on {data['name']}, {options.clients} clients, {options.partition}, "
             f"{options.rounds} rounds of {options.method}: {metrics['accuracy']:.1%} with "
