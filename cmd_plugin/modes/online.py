@@ -405,7 +405,7 @@ class OnlineModes:
 
     @property
     def correlation(self) -> tuple[Tensor, Tensor] | None:
-        """|correlation| [K', K'] of the clustered samples, their modes [K']; None when resumed."""
+        """Absolute correlation [K', K'] of the samples, their modes [K']; None when resumed."""
         choice = None if self._tracker is None else self._tracker.choice
         if choice is None or choice.correlation is None or choice.labels is None:
             return None
