@@ -479,7 +479,7 @@ class OnlineModes:
         require_same_run(saved, _VERSION, self.layout, self.settings)
         warmup: WarmUp | None = None
         embedder: Embedder | None = None
-        # All is made new before anything of this object changes; and later updates are in place.
+        tracker: Tracker | None = None
         with torch.inference_mode(False), torch.no_grad():
             samples = saved.distinct("samples", self.samples.numel(), self.numel)
             updates, first = saved.whole("updates", 0), self.settings.warmup + 1
@@ -489,7 +489,6 @@ class OnlineModes:
             saved.require(
                 (updates >= first) == done, "updates", f"is {updates}, a fit takes {first}"
             )
-            tracker = None
             if fitted is not None:
                 tracker = Tracker.from_state(fitted, self.layout, self.settings, updates)
             elif not still:
@@ -502,5 +501,6 @@ class OnlineModes:
                 embedder = Embedder.from_state(embedding, held, tracker, self.layout, first)
             if tracker is not None:
                 tracker.require_finite(self.layout, saved)
+        # All was made new, and nothing of this object changed so far.
         self._warmup, self._tracker, self._embedder = warmup, tracker, embedder
         self.samples, self.updates = samples, updates

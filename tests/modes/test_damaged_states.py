@@ -117,6 +117,7 @@ def _options(modes: OnlineModes) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:only")
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("case", list(CASES))
 def test_every_entry_in_every_wrong_way(case: str) -> None:
