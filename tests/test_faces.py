@@ -23,8 +23,7 @@ LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh"}
 
 # What must not come along with any name of a room.
 FORBIDDEN = {
-    # Lightning brings matplotlib and torchvision by itself; tests/callbacks looks at what we add.
-    "cmd_plugin.callbacks": {"flwr", "plotly", *(LATE - {"torchvision"})},
+    "cmd_plugin.callbacks": {"flwr", *PICTURES, *LATE},
     "cmd_plugin.data": {"flwr", *LIGHTNING, *PICTURES, *METHODS, "torchvision", "timm"},
     "cmd_plugin.errors": {"torch", "numpy"},
     "cmd_plugin.federated": {*LIGHTNING, *PICTURES, *LATE, "pointcloud"},
@@ -41,14 +40,20 @@ ALSO = {"cmd_plugin.callbacks.CMDCallback": {"pointcloud"}}
 START = {
     "cmd_plugin.errors": (),
     "cmd_plugin.callbacks": ("torch", "pytorch_lightning", "lightning.pytorch"),
+    "cmd_plugin.pointcloud": ("torch", "torchmetrics"),  # a metric is one of theirs
     "cmd_plugin.federated": ("torch", "flwr.app", "flwr.clientapp", "flwr.serverapp.strategy"),
 }
 
 # The child imports each name in a fork of its own: as fresh as a new process, without its seconds.
+# What the start loads for itself is forgotten (of Lightning: matplotlib and torchvision), so that
+# a name that asks for it imports it once more.
 CHILD = """
 import json, os, sys
-for module in sys.argv[1:]:
+for module in sys.argv[2:]:
     __import__(module)
+for module in list(sys.modules):
+    if module.split(".")[0] in sys.argv[1].split(","):
+        del sys.modules[module]
 for room, name in json.load(sys.stdin):
     sys.stdout.flush()
     if os.fork() == 0:
@@ -70,8 +75,9 @@ for room, name in json.load(sys.stdin):
 def test_a_name_brings_no_other_room_along(room: str) -> None:
     if room == "cmd_plugin.federated":
         pytest.importorskip("flwr")
+    forgotten = ",".join(sorted(PICTURES | LATE))
     child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHILD, *START.get(room, ("torch",))],
+        [sys.executable, "-W", "ignore", "-c", CHILD, forgotten, *START.get(room, ("torch",))],
         input=json.dumps([(room, name) for name in NAMES[room]]),
         cwd=ROOT,
         capture_output=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_every_command_of_the_documents_can_be_read(monkeypatch: pytest.MonkeyPa
     seen = 0
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for line in re.findall(r"^cmd-plugin ([^\n#]+)", page.read_text("utf-8"), re.MULTILINE):
-            words = line.split()
+            words = shlex.split(line)
             if words[0] not in nouns or "..." in line or line.rstrip().endswith("\\"):
                 continue
             monkeypatch.setattr("cmd_plugin.cli.main._act", lambda *_: 0)

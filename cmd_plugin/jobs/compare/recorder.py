@@ -17,7 +17,7 @@ from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.jobs.compare.averages import WeightAverages
 from cmd_plugin.jobs.compare.files import Row, TrainingFiles
 from cmd_plugin.jobs.fitting import TrainingClock, diverged
-from cmd_plugin.networks import Score, evaluate, recalibrated
+from cmd_plugin.networks import Score, evaluate, recalibrated, running_statistics
 from cmd_plugin.runs.files import write_atomically
 
 __all__ = ["AS_TRAINED", "Recorder"]
@@ -135,7 +135,7 @@ class Recorder(Callback):
     def _evaluate(self, trainer: Any, pl_module: Any) -> Scores:
         device, model = pl_module.device, pl_module.model
         scores: Scores = {}
-        if self._recent.maxlen and has_statistics(model):
+        if self._recent.maxlen and running_statistics(model):
             scores[AS_TRAINED] = evaluate(model, self.batches, device)
         others = (("ema", self.averages.ema), ("swa", self.averages.swa))
         for name, network in (("raw", model), *others):
@@ -184,9 +184,3 @@ class Recorder(Callback):
         self.evaluation_seconds = state_dict["evaluation_seconds"]
         self._cmd_seconds_before = state_dict["cmd_seconds"]
         self.peak_state_bytes = state_dict["peak_state_bytes"]
-
-
-def has_statistics(network: nn.Module) -> bool:
-    """Whether a network has BatchNorm layers with running statistics."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, kind) and m.track_running_stats for m in network.modules())
