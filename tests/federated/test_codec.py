@@ -95,7 +95,7 @@ def test_what_is_modelled() -> None:
 
 @pytest.mark.parametrize("embedded", [False, True])
 def test_round_trip_is_exact(embedded: bool) -> None:
-    """Oracle 1: names, order, dtypes, shapes, bits, down and up."""
+    """Names, order, dtypes, shapes, bits, down and up."""
     codec, flat, raw = server()
     if embedded:
         embed(codec)

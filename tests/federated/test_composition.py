@@ -56,7 +56,7 @@ INNER: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", INNER)
 def test_any_strategy_goes_inside(name: str) -> None:
-    """Oracle 13: no errors, dtypes unchanged, less is sent; before the first event, the same."""
+    """No errors, dtypes unchanged, less is sent; before the first event, the same."""
     dtypes = set()
     sizes, embedded = [], []
     strategy = cmd(INNER[name]())
@@ -111,7 +111,7 @@ CLIP = 0.05
 
 @pytest.mark.parametrize("projected", [True, False])
 def test_client_side_clipping_needs_the_projection(projected: bool) -> None:
-    """Oracle 11: with project_mod inside, what is decoded is within the bound; without, it is not.
+    """With project_mod inside, what is decoded is within the bound; without, it is not.
 
     Canonical differences form a linear space, so that scaling one stays inside.
     """
@@ -212,7 +212,7 @@ def test_a_shared_content_is_not_changed() -> None:
 
 
 def test_averaged_squeezed_vectors_are_averaged_models() -> None:
-    """Oracle 12 without the engine: a secure sum may run on squeezed vectors."""
+    """A secure sum may run on squeezed vectors."""
     strategy = cmd(fed_avg())
     result = run(strategy, make_grid(make_app()), ROUNDS)
     assert isinstance(result.arrays, ArrayRecord)

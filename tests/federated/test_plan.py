@@ -114,7 +114,7 @@ def test_references_and_overflowing_members_stay_free() -> None:
 
 
 def test_average_then_expand_is_expand_then_average() -> None:
-    """Oracle 19: both ways of averaging agree, because the weights of an average sum to one."""
+    """Both ways of averaging agree, because the weights of an average sum to one."""
     plan = grown()
     generator = np.random.default_rng(2)
     clients = generator.standard_normal((5, N)).astype(np.float32)

@@ -112,7 +112,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Message], None], str, str]] = {
 
 @pytest.mark.parametrize("kind", TAMPERINGS)
 def test_a_bad_update_is_left_out_and_the_round_goes_on(kind: str) -> None:
-    """Oracle 9. The model is the one of a round in which that client did not answer at all."""
+    """The model is the one of a round in which that client did not answer at all."""
     change, field, reason = TAMPERINGS[kind]
     found = []
     for bad in (change, None):
@@ -214,7 +214,7 @@ def test_nobody_answers_well() -> None:
 
 
 def test_a_client_without_the_mod_fails_loudly() -> None:
-    """Oracle 10: never a silent average of bytes."""
+    """Never a silent average of bytes."""
     strategy = cmd()
     with pytest.raises(InputError, match=r"no trained model; .* put cmd_mod"):
         run(strategy, make_grid(make_app([])), 2)

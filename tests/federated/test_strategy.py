@@ -1,4 +1,4 @@
-"""CMD between server and clients: oracle 19, partial participation, clients that come and go."""
+"""CMD between server and clients: partial participation, clients that come and go."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cmd(embedding: Embedding = EVENTS, **options: Any) -> CMDStrategy:
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_nothing_embedded_is_fedavg_bit_for_bit(norm: bool) -> None:
-    """Oracle 19: the warm-up is FedAvg, except that counters stay whole numbers."""
+    """The warm-up is FedAvg, except that counters stay whole numbers."""
     plain = run(fed_avg(), make_grid(make_app([], norm=norm)), 5, norm=norm)
     framed = run(cmd(warmup=20), make_grid(make_app(norm=norm)), 5, norm=norm)
     assert plain.arrays is not None
@@ -56,7 +56,7 @@ def test_nothing_embedded_is_fedavg_bit_for_bit(norm: bool) -> None:
 
 @pytest.mark.parametrize("project", ["epoch", "step", "tie"])
 def test_one_client_is_centralised_embedded_cmd(project: Any) -> None:
-    """Oracle 19: C = 1 and stateless SGD. Both put the model on its curves after every event."""
+    """C = 1 and stateless SGD. Both put the model on its curves after every event."""
     embedding = Embedding(2, 30.0, project=project)
     rounds = 9
     model = network()
@@ -116,7 +116,7 @@ def test_sent_values_are_those_of_section_3_3(relative: bool) -> None:
         total += free
     assert embedded[3] == 0 < embedded[5] < embedded[7] < embedded[9]
     assert strategy.modes.volume_percent == pytest.approx(100.0 * total / (WEIGHTS * 9), rel=1e-12)
-    if not relative:  # oracle 14: each event nets its quota less the references it picks
+    if not relative:  # each event nets its quota less the references it picks
         quota = -(-WEIGHTS * 30 // 100)
         assert embedded[5] in range(quota - 3, quota + 1)
 
@@ -216,7 +216,7 @@ def test_a_late_joiner_gets_everything_in_one_message() -> None:
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_lost_state_costs_one_message_and_no_bit(bits: int | None) -> None:
-    """Oracle 7: one client loses its state before every round; the final model is the same."""
+    """One client loses its state before every round; the final model is the same."""
 
     strategy, other = cmd(bits=bits), cmd(bits=bits)
     expected = run(other, make_grid(make_app()), 9)
@@ -261,7 +261,7 @@ def test_an_outage_of_three_rounds() -> None:
 
 
 def test_order_of_arrival_does_not_matter() -> None:
-    """Oracle 14 of the engine: five orders, one result."""
+    """Five orders, one result."""
     found = set()
     for shift in range(4):
         grid = TappedGrid(make_grid(make_app()), lambda r, s=shift: r[s:][::-1] + r[:s])

@@ -46,7 +46,7 @@ def test_payload_of_what_flower_cannot_count() -> None:
 
 
 def test_the_strategy_counts_what_the_grid_sees() -> None:
-    """Oracle 5: two counters, one at each end of the wrapper, and a lost state in between."""
+    """Two counters, one at each end of the wrapper, and a lost state in between."""
     strategy = CMDStrategy(fed_avg(evaluate=1.0), Embedding(2, 30.0), modes=3, warmup=2, samples=60)
     inner = make_grid(make_app())
     grid = TappedGrid(inner)
@@ -80,7 +80,7 @@ def test_what_fedavg_would_have_sent_is_what_it_sends() -> None:
 
 
 def test_a_frame_is_one_array_whatever_the_model() -> None:
-    """Oracle 6: record bytes = frame + key; six objects a message instead of two per tensor."""
+    """Record bytes = frame + key; six objects a message instead of two per tensor."""
     strategy = CMDStrategy(fed_avg(), Embedding(2, 30.0), modes=3, warmup=2, samples=60)
     grid = TappedGrid(make_grid(make_app()))
     run(strategy, grid, 6)

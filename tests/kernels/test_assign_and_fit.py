@@ -87,7 +87,7 @@ GRID = (
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
 @pytest.mark.parametrize(("snapshots", "modes"), GRID)
-def test_oracle_21_equals_the_specification(dtype: torch.dtype, snapshots: int, modes: int) -> None:
+def test_equals_the_specification(dtype: torch.dtype, snapshots: int, modes: int) -> None:
     trajectory = walks(snapshots, 515 if INTERPRETING else 1237, dtype=dtype)
     profiles = profiles_of(snapshots, modes)
     fit = assign_and_fit(trajectory, profiles)
@@ -115,7 +115,7 @@ def test_any_number_of_weights_and_blocks(numel: int, monkeypatch: pytest.Monkey
     require_close(assign_and_fit(trajectory, profiles), trajectory, profiles)
 
 
-def test_oracle_2_assignment_is_the_best_fit() -> None:
+def test_assignment_is_the_best_fit() -> None:
     trajectory, profiles = walks(21, 500, dtype=torch.float64), profiles_of(21, 8)
     fit = assign_and_fit(trajectory, profiles)
     residuals = []
@@ -176,7 +176,7 @@ def test_non_finite_rows_stay_in_range_and_alone(value: float, modes: int) -> No
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e4, 1e-7])
-def test_oracle_9_constant_rows_are_exact(dtype: torch.dtype, value: float) -> None:
+def test_constant_rows_are_exact(dtype: torch.dtype, value: float) -> None:
     trajectory = walks(21, 50, dtype=dtype)
     trajectory[:, ::5] = value
     fit = assign_and_fit(trajectory, profiles_of(21, 3))
@@ -198,7 +198,7 @@ def test_rounding_noise_is_constant_and_real_movement_is_not() -> None:
 
 
 @pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
-def test_oracle_7_an_offset_costs_no_accuracy(ratio: float) -> None:
+def test_an_offset_costs_no_accuracy(ratio: float) -> None:
     """The authors' float32 formula gets half of the modes wrong at mean / std = 1000."""
     generator = torch.Generator().manual_seed(3)
     profiles = profiles_of(21, 10)
@@ -210,7 +210,7 @@ def test_oracle_7_an_offset_costs_no_accuracy(ratio: float) -> None:
 
 
 @pytest.mark.parametrize("spread", [1e-4, 1e-5, 1e-6])
-def test_oracle_10_near_constant_weights_keep_their_mode(spread: float) -> None:
+def test_near_constant_weights_keep_their_mode(spread: float) -> None:
     """LayerNorm's gains: mean 1, and movement of a few hundred units in the last place at most."""
     generator = torch.Generator().manual_seed(4)
     basis = torch.linalg.qr(torch.randn(40, 10, generator=generator).double())[0]
@@ -299,7 +299,7 @@ seeds = st.integers(0, 10**6)
 
 
 @given(seeds, st.floats(-8, 8).filter(lambda s: abs(s) > 0.01), st.floats(-100, 100))
-def test_oracle_7_affine_invariance(seed: int, stretch: float, shift: float) -> None:
+def test_affine_invariance(seed: int, stretch: float, shift: float) -> None:
     trajectory, profiles = walks(15, 60, seed, torch.float64), profiles_of(15, 4, seed + 1)
     fit = assign_and_fit(trajectory, profiles)
     moved = assign_and_fit(stretch * trajectory + shift, profiles)
@@ -310,7 +310,7 @@ def test_oracle_7_affine_invariance(seed: int, stretch: float, shift: float) -> 
 
 
 @given(seeds, st.integers(0, 3), st.floats(-50, 50).filter(lambda s: abs(s) > 0.01))
-def test_oracle_7_scaling_one_reference(seed: int, mode: int, stretch: float) -> None:
+def test_scaling_one_reference(seed: int, mode: int, stretch: float) -> None:
     trajectory, profiles = walks(15, 60, seed, torch.float64), profiles_of(15, 4, seed + 1)
     fit = assign_and_fit(trajectory, profiles)
     scaled = profiles.clone()
@@ -322,7 +322,7 @@ def test_oracle_7_scaling_one_reference(seed: int, mode: int, stretch: float) ->
 
 
 @given(seeds)
-def test_oracle_8_permutation_equivariance(seed: int) -> None:
+def test_permutation_equivariance(seed: int) -> None:
     trajectory, profiles = walks(15, 70, seed, torch.float64), profiles_of(15, 4, seed + 1)
     fit = assign_and_fit(trajectory, profiles)
     generator = torch.Generator().manual_seed(seed)
@@ -347,7 +347,7 @@ def test_oracle_8_permutation_equivariance(seed: int) -> None:
 
 
 @given(seeds)
-def test_oracle_22_another_candidate_never_hurts(seed: int) -> None:
+def test_another_candidate_never_hurts(seed: int) -> None:
     trajectory, profiles = walks(12, 80, seed, torch.float64), profiles_of(12, 4, seed + 1)
 
     def residual(count: int) -> Tensor:

@@ -40,7 +40,7 @@ def state(
 
 @pytest.mark.parametrize("dtype", STATES, ids=str)
 @pytest.mark.parametrize("numel", SIZES)
-def test_oracle_16_drift(dtype: torch.dtype, numel: int) -> None:
+def test_drift(dtype: torch.dtype, numel: int) -> None:
     arrays = state(numel, 2, dtype)
     a, b, old_a, old_b = arrays[0], arrays[3], arrays[4], torch.zeros(numel, dtype=dtype)
     expected = drift_reference.coefficient_drift(*(x.double() for x in (a, b, old_a, old_b)))
@@ -58,7 +58,7 @@ def test_oracle_16_drift(dtype: torch.dtype, numel: int) -> None:
 @pytest.mark.parametrize("dtype", STATES, ids=str)
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("modes", [1, 3, 256])
-def test_oracle_21_apply(dtype: torch.dtype, numel: int, modes: int) -> None:
+def test_apply(dtype: torch.dtype, numel: int, modes: int) -> None:
     weights, embedded, mode, scale, offset, profile = state(numel, modes, dtype)
     expected = weights.clone()
     apply_reference.apply_embedding(expected, embedded, mode, scale, offset, profile)
@@ -79,7 +79,7 @@ def test_apply_does_not_depend_on_blocks(numel: int, half: int, seed: int) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_oracle_15_other_weights_keep_their_bits(dtype: torch.dtype) -> None:
+def test_other_weights_keep_their_bits(dtype: torch.dtype) -> None:
     """Also float64 weights under a float32 state, NaNs and strided tensors."""
     count = 2 * 3 * 4 * 5 + 1
     _, embedded, mode, scale, offset, profile = state(count, 4, torch.float32)

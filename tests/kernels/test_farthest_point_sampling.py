@@ -1,4 +1,4 @@
-"""Oracle 11: every pick is the point farthest from the picks before it."""
+"""Every pick is the point farthest from the picks before it."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def work(given: dict[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", SIZES)
-def test_oracle_21_agrees_with_the_cpu(dtype: torch.dtype, numel: int) -> None:
+def test_agrees_with_the_cpu(dtype: torch.dtype, numel: int) -> None:
     given = inputs(numel, dtype)
     there = tree_map_only(Tensor, lambda tensor: tensor.cuda(), given)
     got = work(there)

@@ -33,7 +33,7 @@ def run(command: list[str], **variables: str) -> str:
     return output
 
 
-def test_oracle_21_triton_kernels_equal_the_specification() -> None:
+def test_triton_kernels_equal_the_specification() -> None:
     """The tests of this folder once more, on Triton's interpreter."""
     output = run(
         [

@@ -42,9 +42,7 @@ def without_shrinking(arguments: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("numel", [1, 2, 7, BLOCK + 3])
 @pytest.mark.parametrize("modes", [1, 256])
 @pytest.mark.parametrize("shrink", [False, True])
-def test_oracle_21_equals_the_specification(
-    dtype: torch.dtype, numel: int, modes: int, shrink: bool
-) -> None:
+def test_equals_the_specification(dtype: torch.dtype, numel: int, modes: int, shrink: bool) -> None:
     arguments = state(numel, modes, dtype)
     if not shrink:
         arguments = without_shrinking(arguments)

@@ -21,7 +21,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", [1, 2, 7, 1001, BLOCK - 1, BLOCK + 1])
-def test_oracle_16_equals_a_stable_sort(dtype: torch.dtype, numel: int) -> None:
+def test_equals_a_stable_sort(dtype: torch.dtype, numel: int) -> None:
     values = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
     for num in sorted({0, 1, numel // 3, numel - 1, numel, numel + 5}):
         chosen = select_smallest(values, num)
@@ -38,9 +38,7 @@ def test_oracle_16_equals_a_stable_sort(dtype: torch.dtype, numel: int) -> None:
     st.integers(0, 70),
     st.sampled_from([torch.float32, torch.float64]),
 )
-def test_oracle_16_ties_signs_and_infinities(
-    numbers: list[float], num: int, dtype: torch.dtype
-) -> None:
+def test_ties_signs_and_infinities(numbers: list[float], num: int, dtype: torch.dtype) -> None:
     values = torch.tensor(numbers, dtype=dtype)
     assert torch.equal(select_smallest(values, num), reference.select_smallest(values, num))
 

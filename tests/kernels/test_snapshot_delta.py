@@ -29,9 +29,7 @@ def snapshot(numel: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", [1, 2, 7, 1001, BLOCK + 3])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
-def test_oracle_21_equals_the_specification(
-    dtype: torch.dtype, numel: int, stored: torch.dtype
-) -> None:
+def test_equals_the_specification(dtype: torch.dtype, numel: int, stored: torch.dtype) -> None:
     weights, base = snapshot(numel, dtype)
     out = torch.empty(numel, dtype=stored)
     assert snapshot_delta(FlatView([weights]), base, out=out) is out

@@ -34,7 +34,7 @@ def state(
 @pytest.mark.parametrize("modes", [1, 2, 256])
 @pytest.mark.parametrize("decay", [1.0, 0.9])
 @pytest.mark.parametrize("with_total", [False, True])
-def test_oracle_21_equals_the_specification(
+def test_equals_the_specification(
     dtype: torch.dtype,
     numel: int,
     modes: int,

@@ -37,7 +37,7 @@ def planted(
     stretch: float = 1.0,
     offset: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Weights s c q_m + d of oracle 1: ([T, N] float64, [N] mode of each)."""
+    """Weights s c q_m + d: ([T, N] float64, [N] mode of each)."""
     random = generator(seed)
     profiles = stretch * orthogonal_profiles(modes, snapshots, seed)
     mode = torch.randint(modes, (numel,), generator=random)

@@ -1,4 +1,4 @@
-"""Clustering and reference choice against scipy and brute force (oracles 12 and 13)."""
+"""Clustering and reference choice against scipy and brute force."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_equal_rows_are_at_distance_zero_and_never_nan() -> None:
 
 @pytest.mark.parametrize("modes", [1, 2, 5, 10, 50, 256])
 @pytest.mark.parametrize("count", [60, 257])
-def test_oracle_12_equals_scipy_complete_linkage(count: int, modes: int) -> None:
+def test_equals_scipy_complete_linkage(count: int, modes: int) -> None:
     matrix = correlation_matrix(rows(count, seed=modes))
     ours = cluster_correlations(matrix, modes)
     tree = hierarchy.linkage(pdist(matrix.numpy()), method="complete")
@@ -70,7 +70,7 @@ def test_oracle_12_equals_scipy_complete_linkage(count: int, modes: int) -> None
 
 
 @given(st.integers(2, 40), st.integers(1, 12), st.integers(0, 10**6))
-def test_oracle_12_labels_are_sorted_by_size(count: int, modes: int, seed: int) -> None:
+def test_labels_are_sorted_by_size(count: int, modes: int, seed: int) -> None:
     labels = cluster_correlations(correlation_matrix(rows(count, 9, seed)), modes)
     sizes = torch.bincount(labels)
     assert (sizes > 0).all()
@@ -82,7 +82,7 @@ def test_oracle_12_labels_are_sorted_by_size(count: int, modes: int, seed: int) 
         assert sizes[k] > sizes[k + 1] or firsts[k] < firsts[k + 1]
 
 
-def test_oracle_12_ties_can_give_fewer_modes() -> None:
+def test_ties_can_give_fewer_modes() -> None:
     # Four uncorrelated groups of three equal rows: all groups are equally far from each other.
     matrix = torch.eye(4, dtype=torch.float64).repeat_interleave(3, 0).repeat_interleave(3, 1)
     labels = cluster_correlations(matrix, 3)
@@ -91,7 +91,7 @@ def test_oracle_12_ties_can_give_fewer_modes() -> None:
 
 
 @given(st.integers(2, 60), st.integers(1, 8), st.integers(0, 10**6))
-def test_oracle_13_references_match_brute_force(count: int, modes: int, seed: int) -> None:
+def test_references_match_brute_force(count: int, modes: int, seed: int) -> None:
     matrix = correlation_matrix(rows(count, 9, seed))
     labels = cluster_correlations(matrix, modes)
     references = choose_references(matrix, labels)
@@ -106,7 +106,7 @@ def test_oracle_13_references_match_brute_force(count: int, modes: int, seed: in
         assert chosen >= first
 
 
-def test_oracle_13_the_first_of_equals_wins() -> None:
+def test_the_first_of_equals_wins() -> None:
     matrix = torch.ones(5, 5, dtype=torch.float64)
     assert choose_references(matrix, torch.zeros(5, dtype=torch.int64)).tolist() == [0]
 
@@ -123,7 +123,7 @@ def test_planted_groups_are_found(modes: int) -> None:
     assert set(choice.references.tolist()) <= set(samples.tolist())
 
 
-def test_oracle_9_constant_samples_do_not_cost_a_mode() -> None:
+def test_constant_samples_do_not_cost_a_mode() -> None:
     weights, truth = planted(3, numel=200)
     weights[:, ::7] = 0.1  # 15 % constants, whose mean does not round to themselves
     weights[:, 1::7] = weights[0, 1::7]
@@ -136,7 +136,7 @@ def test_oracle_9_constant_samples_do_not_cost_a_mode() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_oracle_9_what_counts_as_constant(dtype: torch.dtype) -> None:
+def test_what_counts_as_constant(dtype: torch.dtype) -> None:
     unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}[dtype]
     data = torch.full((6, 21), 3.0, dtype=torch.float64)
     data[1, ::2] += 2 * 3.0 * unit  # one unit in the last place

@@ -1,4 +1,4 @@
-"""Who is embedded when, and with which coefficients: oracles 14, 15 and 16."""
+"""Who is embedded when, and with which coefficients."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def simulate(rows: Tensor, modes: OnlineModes) -> list[Tensor]:
 
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize(("every", "percent"), [(4, 10), (5, 25.0), (1, 3.0), (30, 100)])
-def test_oracles_14_and_16_equal_the_rule_by_brute_force(
-    relative: bool, every: int, percent: float
-) -> None:
+def test_equal_the_rule_by_brute_force(relative: bool, every: int, percent: float) -> None:
     rows = walks(40, 300)
     embedding = Embedding(every, percent, relative)
     modes = OnlineModes(Layout.of_vector(300, torch.float64), **OPTIONS, embedding=embedding)
@@ -75,7 +73,7 @@ def test_oracles_14_and_16_equal_the_rule_by_brute_force(
     ("relative", "snapshots", "saved"),
     [(False, 150, 48.10), (True, 150, 35.26), (False, 100, 26.60), (True, 100, 21.98)],
 )
-def test_oracle_14_small_case(relative: bool, snapshots: int, saved: float) -> None:
+def test_small_case(relative: bool, snapshots: int, saved: float) -> None:
     """N = 1000, M = 5, F = 20, L = P = 10; the numbers come from the authors' selection rule."""
     modes = OnlineModes(
         Layout.of_vector(1000), 5, 20, 200, embedding=Embedding(10, 10, relative=relative)
@@ -92,7 +90,7 @@ def test_oracle_14_small_case(relative: bool, snapshots: int, saved: float) -> N
 
 
 @pytest.mark.parametrize(("relative", "saved"), [(False, 23.3), (True, 19.2)])
-def test_oracle_14_many_weights(relative: bool, saved: float) -> None:
+def test_many_weights(relative: bool, saved: float) -> None:
     embedding = Embedding(every=5, percent=10, relative=relative)
     rows = walks(60, 20000).float()
     modes = follow(rows, modes=2, warmup=20, samples=100, embedding=embedding)
@@ -105,9 +103,7 @@ def test_oracle_14_many_weights(relative: bool, saved: float) -> None:
 @pytest.mark.parametrize(
     "extra", [{}, {"shrink": True}, {"profile": "mean"}, {"forgetting": 0.9}], ids=str
 )
-def test_oracle_15_coefficients_freeze_at_the_event(
-    dtype: torch.dtype, extra: dict[str, Any]
-) -> None:
+def test_coefficients_freeze_at_the_event(dtype: torch.dtype, extra: dict[str, Any]) -> None:
     rows = walks(40, 300).to(dtype)
     free = OnlineModes(Layout.of_vector(300, dtype), **OPTIONS, **extra)
     modes = OnlineModes(

@@ -1,4 +1,4 @@
-"""Online CMD against batch least squares: oracles 5 and 6, options, memory, bad input."""
+"""Online CMD against batch least squares: options, memory, bad input."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def profiles_of(modes: OnlineModes, rows: Tensor) -> Tensor:
     return choice.profile(rows.double().T[choice.members])
 
 
-# -- oracles 5 and 6 -----------------------------------------------------------------------------
+# -- equals batch least squares ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("updates", [0, 1, 2, 15, 60])
 @pytest.mark.parametrize("profile", ["reference", "mean"])
-def test_oracle_5_equals_batch_least_squares(updates: int, profile: str) -> None:
+def test_equals_batch_least_squares(updates: int, profile: str) -> None:
     rows = walks(10 + updates, 300)
     modes = follow(rows, profile=profile, **OPTIONS)
     profiles = profiles_of(modes, rows)
@@ -57,7 +57,7 @@ def test_oracle_5_equals_batch_least_squares(updates: int, profile: str) -> None
     assert modes.explained_variance() == pytest.approx(share, rel=1e-10)
 
 
-def test_oracle_5_float32_on_weights_as_networks_have_them() -> None:
+def test_float32_on_weights_as_networks_have_them() -> None:
     """|mean| / std with the quantiles measured on real networks: 2.9, 13 (90 %), 400, 3700."""
     rows = walks(60, 20000)
     rows = (rows - rows.mean(dim=0)) / rows.std(dim=0)
@@ -77,7 +77,7 @@ def test_oracle_5_float32_on_weights_as_networks_have_them() -> None:
 
 
 @given(st.integers(0, 10**6))
-def test_oracle_5_order_of_later_snapshots_is_irrelevant(seed: int) -> None:
+def test_order_of_later_snapshots_is_irrelevant(seed: int) -> None:
     rows = walks(24, 60, seed)
     order = 10 + torch.randperm(14, generator=generator(seed))
     shuffled = torch.cat([rows[:10], rows[order]])
@@ -97,7 +97,7 @@ def tracker_of(rows: Tensor, choice: ModeChoice, mode: Tensor) -> Tracker:
 
 
 @pytest.mark.parametrize("first", [2, 3, 10, 28, 29])
-def test_oracle_6_any_split_into_fit_and_updates(first: int) -> None:
+def test_any_split_into_fit_and_updates(first: int) -> None:
     rows = walks(30, 200)
     references = torch.tensor([3, 50, 111])
     choice = ModeChoice(references, references, torch.arange(3), torch.ones(3).double())
@@ -113,7 +113,7 @@ def test_oracle_6_any_split_into_fit_and_updates(first: int) -> None:
 
 
 @given(st.integers(0, 10**6), st.floats(-3, 3))
-def test_oracle_6_a_predicted_snapshot_changes_nothing(seed: int, step: float) -> None:
+def test_a_predicted_snapshot_changes_nothing(seed: int, step: float) -> None:
     rows = walks(13, 60, seed)
     modes = follow(rows, **OPTIONS)
     scale, offset = modes.scale, modes.offset
@@ -124,7 +124,7 @@ def test_oracle_6_a_predicted_snapshot_changes_nothing(seed: int, step: float) -
 
 
 @pytest.mark.parametrize("updates", [0, 30])
-def test_oracle_4_references_stay_exact(updates: int) -> None:
+def test_references_stay_exact(updates: int) -> None:
     rows = (walks(10 + updates, 300) + 50).float()
     modes = follow(rows, **{**OPTIONS, "storage": "delta-bf16"})
     at = modes.references
@@ -134,14 +134,14 @@ def test_oracle_4_references_stay_exact(updates: int) -> None:
     assert torch.equal(modes.reconstruct()[at], rows[-1, at])
 
 
-def test_oracle_1_planted_modes_online() -> None:
+def test_planted_modes_online() -> None:
     rows, truth = planted(5, snapshots=40)
     modes = follow(rows.float(), modes=5, warmup=20, storage="fp32")
     assert same_partition(modes.assignment, truth)
     assert (modes.reconstruct().double() - rows[-1]).abs().max() < 2e-6
 
 
-def test_oracle_9_constants_that_start_to_move_stay_finite() -> None:
+def test_constants_that_start_to_move_stay_finite() -> None:
     rows = walks(40, 300).float()
     rows[:, ::5] = 0.1
     late = torch.arange(0, 300, 10)
@@ -159,7 +159,7 @@ def test_oracle_9_constants_that_start_to_move_stay_finite() -> None:
     assert torch.equal(modes.reconstruct()[never], rows[-1, never])
 
 
-def test_oracle_9_a_run_that_stands_still_is_a_no_op() -> None:
+def test_a_run_that_stands_still_is_a_no_op() -> None:
     row = torch.randn(50)
     modes = OnlineModes(Layout.of_vector(50), modes=3, warmup=4)
     for number in range(8):

@@ -1,4 +1,4 @@
-"""decompose() of a whole trajectory: oracles 1 to 4, 7 to 10 and 22, and bad input."""
+"""decompose() of a whole trajectory: planted modes, invariances, hard cases, and bad input."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def reconstructed(result: Decomposition) -> Tensor:
     return torch.stack([result.reconstruct(t) for t in range(result.snapshots)])
 
 
-# -- oracles 1 to 4 ------------------------------------------------------------------------------
+# -- planted modes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("modes", [2, 5, 10])
 @pytest.mark.parametrize("seed", range(4))
-def test_oracle_1_planted_modes(modes: int, seed: int) -> None:
+def test_planted_modes(modes: int, seed: int) -> None:
     weights, truth = planted(modes, seed=seed)
     result = decompose(weights.float(), modes=modes)
     assert result.number_of_modes == modes
@@ -49,7 +49,7 @@ def test_oracle_1_planted_modes(modes: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("modes", [2, 5, 10])
-def test_oracle_1_planted_modes_of_unit_variance(modes: int) -> None:
+def test_planted_modes_of_unit_variance(modes: int) -> None:
     # Movement of up to 8, of which 2e-6 are four units in the last place.
     weights, truth = planted(modes, stretch=21**0.5, seed=modes)
     result = decompose(weights.float(), modes=modes)
@@ -58,7 +58,7 @@ def test_oracle_1_planted_modes_of_unit_variance(modes: int) -> None:
 
 
 @pytest.mark.parametrize("modes", [2, 5, 10])
-def test_oracle_1_in_float64(modes: int) -> None:
+def test_in_float64(modes: int) -> None:
     weights, truth = planted(modes, stretch=21**0.5)
     result = decompose(weights, modes=modes)
     assert same_partition(result.assignment.long(), truth)
@@ -66,7 +66,7 @@ def test_oracle_1_in_float64(modes: int) -> None:
     assert (reconstructed(result) - weights).abs().max() < 1e-12
 
 
-def test_oracle_2_assignment_is_the_best_fit() -> None:
+def test_assignment_is_the_best_fit() -> None:
     weights = walks(21, 500)
     result = decompose(weights, modes=7, samples=200)
     residuals = []
@@ -76,7 +76,7 @@ def test_oracle_2_assignment_is_the_best_fit() -> None:
     assert torch.equal(result.assignment.long(), torch.stack(residuals).argmin(dim=0))
 
 
-def test_oracle_3_residual_identities() -> None:
+def test_residual_identities() -> None:
     weights = walks(21, 400)
     result = decompose(weights, modes=6, samples=150)
     residual = weights - reconstructed(result)
@@ -96,7 +96,7 @@ def test_oracle_3_residual_identities() -> None:
 
 @pytest.mark.parametrize("storage", ["tensor", "fp32", "delta-bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_oracle_4_references_are_exact(storage: str, dtype: torch.dtype) -> None:
+def test_references_are_exact(storage: str, dtype: torch.dtype) -> None:
     weights = (walks(21, 300) + 100).to(dtype)
     source: Any = weights if storage == "tensor" else [{"w": row} for row in weights]
     options = {} if storage == "tensor" else {"storage": storage}
@@ -109,10 +109,10 @@ def test_oracle_4_references_are_exact(storage: str, dtype: torch.dtype) -> None
     assert set(at.tolist()) <= set(result.samples.tolist())
 
 
-# -- oracles 7 to 10 -----------------------------------------------------------------------------
+# -- invariances and hard cases --------------------------------------------------------------------
 
 
-def test_oracle_7_cancellation() -> None:
+def test_cancellation() -> None:
     """Movement of size one about a mean of 1000, in float32."""
     weights, truth = planted(10, stretch=21**0.5)
     result = decompose((weights + 1000).float(), modes=10)
@@ -120,7 +120,7 @@ def test_oracle_7_cancellation() -> None:
 
 
 @given(st.integers(0, 10**6))
-def test_oracle_8_permuting_weights_and_sample_permutes_the_result(seed: int) -> None:
+def test_permuting_weights_and_sample_permutes_the_result(seed: int) -> None:
     weights = walks(15, 80, seed)
     order = torch.randperm(80, generator=generator(seed))
     # All weights are sampled, so the sample is permuted with them.
@@ -131,7 +131,7 @@ def test_oracle_8_permuting_weights_and_sample_permutes_the_result(seed: int) ->
 
 
 @given(st.integers(0, 10**6))
-def test_oracle_8_permuting_time_changes_nothing(seed: int) -> None:
+def test_permuting_time_changes_nothing(seed: int) -> None:
     weights = walks(15, 80, seed)
     times = torch.randperm(15, generator=generator(seed))
     one = decompose(weights, modes=4, samples=40)
@@ -142,7 +142,7 @@ def test_oracle_8_permuting_time_changes_nothing(seed: int) -> None:
     torch.testing.assert_close(one.offset, other.offset, rtol=1e-9, atol=1e-10)
 
 
-def test_oracle_8_splitting_into_tensors_changes_the_sample_alone() -> None:
+def test_splitting_into_tensors_changes_the_sample_alone() -> None:
     weights = walks(15, 88)
     whole = decompose(weights, modes=4, samples=88)
     parts = [dict(zip("abcd", row.view(4, 2, 11), strict=True)) for row in weights]
@@ -159,7 +159,7 @@ def test_oracle_8_splitting_into_tensors_changes_the_sample_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_oracle_9_constant_weights(dtype: torch.dtype) -> None:
+def test_constant_weights(dtype: torch.dtype) -> None:
     weights, truth = planted(3, numel=2000, stretch=21**0.5)
     weights[:, ::7] = torch.randn(286, generator=generator(9)).double()
     weights = weights.to(dtype)
@@ -176,7 +176,7 @@ def test_oracle_9_constant_weights(dtype: torch.dtype) -> None:
     assert same_partition(result.assignment[~still].long(), truth[~still])
 
 
-def test_oracle_9_a_model_that_stands_still() -> None:
+def test_a_model_that_stands_still() -> None:
     weights = torch.randn(50, generator=generator(0)).expand(5, 50)
     result = decompose(weights, modes=3)
     assert result.number_of_modes == 0
@@ -200,16 +200,16 @@ def test_samples_that_stand_still_do_not_hide_that_others_move() -> None:
 
 
 @pytest.mark.parametrize("spread", [1e-4, 1e-5, 1e-6])
-def test_oracle_10_near_constant_weights(spread: float) -> None:
+def test_near_constant_weights(spread: float) -> None:
     weights, truth = planted(10, snapshots=40, stretch=40**0.5 * spread, offset=0.0)
-    # Equal sizes: the smallest movement of oracle 1 would be less than float32 can tell at 1e-6.
+    # Equal sizes: the smallest planted movement would be less than float32 can tell at 1e-6.
     weights = weights / weights.std(dim=0) * spread
     result = decompose((1 + weights).float(), modes=10)
     assert same_partition(result.assignment.long(), truth)
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
-def test_oracle_10_delta_bf16_loses_next_to_no_correlation(spread: float) -> None:
+def test_delta_bf16_loses_next_to_no_correlation(spread: float) -> None:
     weights = (1 + spread * walks(21, 3000)).float()
     states = [{"w": row} for row in weights]
     exact = decompose(states, modes=10, samples=500, storage="fp32")
@@ -224,10 +224,10 @@ def test_oracle_10_delta_bf16_loses_next_to_no_correlation(spread: float) -> Non
     assert gap.median() < 1e-2
 
 
-# -- oracle 22 -----------------------------------------------------------------------------------
+# -- more modes never hurt -------------------------------------------------------------------------
 
 
-def test_oracle_22_error_bound() -> None:
+def test_error_bound() -> None:
     weights = walks(21, 500)
     result = decompose(weights, modes=5, samples=100)
     rho = correlation(weights, result.profiles).gather(0, result.assignment.long()[None])[0]
@@ -236,7 +236,7 @@ def test_oracle_22_error_bound() -> None:
     assert ((reconstructed(result) - weights).abs().amax(dim=0) <= bound + 1e-9).all()
 
 
-def test_oracle_22_the_scale_is_the_noise_gain() -> None:
+def test_the_scale_is_the_noise_gain() -> None:
     result = decompose(walks(21, 300), modes=4, samples=100)
     before = result.reconstruct(5)
     result.profiles[2, 5] += 1e-3
@@ -246,7 +246,7 @@ def test_oracle_22_the_scale_is_the_noise_gain() -> None:
 
 
 @pytest.mark.parametrize(("modes", "median"), [(2, 0.68), (10, 0.78)])
-def test_oracle_22_null_control(modes: int, median: float) -> None:
+def test_null_control(modes: int, median: float) -> None:
     """Independent random walks correlate highly too: a high |rho| alone proves nothing."""
     noise = torch.randn(21, 5000, generator=generator(0), dtype=torch.float64).cumsum(dim=0)
     result = decompose(noise, modes=modes, samples=500)

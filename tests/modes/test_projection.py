@@ -29,7 +29,7 @@ from cmd_plugin.modes import Embedding, Layout, OnlineModes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_oracle_15_projection_writes_the_embedded_weights_alone(dtype: torch.dtype) -> None:
+def test_projection_writes_the_embedded_weights_alone(dtype: torch.dtype) -> None:
     net = Net().to(dtype)
     modes = embedding_run(net, buffers="keep")
     embedded = modes.embedded
@@ -189,7 +189,7 @@ def test_slots_of_embedded_weights(slots: Any, kind: str) -> None:
     assert zeroed == (slots_a_weight * parameters if slots == "zero" else 0)
 
 
-# -- oracle 18 -------------------------------------------------------------------------------------
+# -- resume is exact -------------------------------------------------------------------------------
 
 # Snapshots 0 to 4 are the warm-up; events are at 6, 9 and 12, after the update of that number.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -202,7 +202,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 @pytest.mark.parametrize("stop", [0, 3, 5, 6, 7, 8, 10])
-def test_oracle_18_stop_and_continue_anywhere(variant: str, stop: int, tmp_path: Path) -> None:
+def test_stop_and_continue_anywhere(variant: str, stop: int, tmp_path: Path) -> None:
     options = {**OPTIONS, **VARIANTS[variant]}
     results = []
     for interrupted in (False, True):

@@ -1,4 +1,4 @@
-"""A saved state continues bit for bit from any phase (oracle 18), or is refused."""
+"""A saved state continues bit for bit from any phase, or is refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def through_file(state: Any, path: Path) -> Any:
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 5, 6, 9])
-def test_oracle_18_stop_and_continue_anywhere(variant: str, stop: int, tmp_path: Path) -> None:
+def test_stop_and_continue_anywhere(variant: str, stop: int, tmp_path: Path) -> None:
     options = {**OPTIONS, **VARIANTS[variant]}
     net = Net()
     net.train()

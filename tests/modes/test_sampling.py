@@ -1,4 +1,4 @@
-"""The draw of the weights that are clustered (oracle 11)."""
+"""The draw of the weights that are clustered."""
 
 from __future__ import annotations
 
@@ -27,16 +27,14 @@ LENET = [1350, 18, 21600, 48, 432000, 360, 90720, 252, 2520, 10]
         (LENET, 1000, [51, 18, 69, 48, 443, 127, 132, 50, 52, 10]),
     ],
 )
-def test_oracle_11_quotas_of_the_authors_code(
-    sizes: list[int], samples: int, quotas: list[int]
-) -> None:
+def test_quotas_of_the_authors_code(sizes: list[int], samples: int, quotas: list[int]) -> None:
     assert layer_quotas(sizes, samples) == quotas
 
 
 @pytest.mark.parametrize(
     ("layers", "samples", "base"), [(62, 1000, 8), (158, 1000, 3), (819, 10000, 6), (386, 5000, 6)]
 )
-def test_oracle_11_base_of_the_published_networks(layers: int, samples: int, base: int) -> None:
+def test_base_of_the_published_networks(layers: int, samples: int, base: int) -> None:
     # Layers so many and so equal that the proportional half gives each the same as well.
     quotas = layer_quotas([10**6] * layers, samples)
     assert quotas is not None
@@ -52,7 +50,7 @@ def per_layer(sizes: list[int], drawn: torch.Tensor) -> list[int]:
 
 
 @given(sizes_of_layers, st.integers(1, 600))
-def test_oracle_11_quotas_are_sound(sizes: list[int], samples: int) -> None:
+def test_quotas_are_sound(sizes: list[int], samples: int) -> None:
     quotas = layer_quotas(sizes, samples)
     if samples / 2 < len(sizes):
         assert quotas is None
@@ -67,7 +65,7 @@ def test_oracle_11_quotas_are_sound(sizes: list[int], samples: int) -> None:
 
 
 @given(sizes_of_layers, st.integers(1, 600), st.integers(0, 2**31))
-def test_oracle_11_draw(sizes: list[int], samples: int, seed: int) -> None:
+def test_draw(sizes: list[int], samples: int, seed: int) -> None:
     drawn = sample_weights(sizes, samples, seed)
     assert drawn.dtype == torch.int64
     assert drawn.numel() <= samples

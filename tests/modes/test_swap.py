@@ -1,4 +1,4 @@
-"""Modelled weights in a live network: passivity (oracle 17), and the way back whatever happens."""
+"""Modelled weights in a live network: passivity, and the way back whatever happens."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(observed: bool, buffers: str) -> tuple[list[float], dict[str, Tensor], T
 
 
 @pytest.mark.parametrize("buffers", ["model", "recalibrate", "keep"])
-def test_oracle_17_training_does_not_notice(buffers: str) -> None:
+def test_training_does_not_notice(buffers: str) -> None:
     streams = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     plain, observed = run(False, buffers), run(True, buffers)
     assert plain[0] == observed[0]
@@ -75,7 +75,7 @@ def test_oracle_17_training_does_not_notice(buffers: str) -> None:
 @pytest.mark.parametrize("buffers", ["model", "recalibrate", "keep"])
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_oracle_17_raw_weights_return_bit_for_bit(buffers: str, fails: bool, mode: Any) -> None:
+def test_raw_weights_return_bit_for_bit(buffers: str, fails: bool, mode: Any) -> None:
     net = Net()
     modes = fitted(net, buffers=buffers)
     raw, places = snapshot(net), storages(net)

@@ -1,4 +1,4 @@
-"""Oracle 9: mCE, RmCE and mOA as the published tables have them."""
+"""MCE, RmCE and mOA as the published tables have them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Oracle 8: the seven corruptions do what their recipes say, whatever batch a cloud is in."""
+"""The seven corruptions do what their recipes say, whatever batch a cloud is in."""
 
 from __future__ import annotations
 

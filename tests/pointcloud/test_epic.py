@@ -1,4 +1,4 @@
-"""Oracle 10, the ensemble: twelve members, one pass per view, independence of the batch."""
+"""The ensemble: twelve members, one pass per view, independence of the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of any user's network, without a change to it: the exact and invariance oracles."""
+"""Scores of any user's network, without a change to it: exact values and invariances."""
 
 from __future__ import annotations
 
@@ -343,7 +343,7 @@ def test_pytorch_geometric_pools_are_seen_if_it_is_installed() -> None:
         torch.testing.assert_close(seen.norm, torch.relu(network.layer(points)).sum(dim=2))
 
 
-# -- oracles of the measures ----------------------------------------------------------------------
+# -- the measures ----------------------------------------------------------------------------------
 
 
 def test_the_measures_agree_with_each_other() -> None:

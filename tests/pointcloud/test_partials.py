@@ -1,4 +1,4 @@
-"""Oracle 10, the samplers: what a patch, a curve and a random subset are made of."""
+"""The samplers: what a patch, a curve and a random subset are made of."""
 
 from __future__ import annotations
 
