@@ -298,8 +298,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(KeyboardInterrupt):
             run(OPTIONS, out)
     path = out / "unfinished/state/online/seed0/last.ckpt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # torch alone would read this and train on
+    for damage in (whole[:1000], bytes(flipped), b""):
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
+            run(OPTIONS, out, resume=True)
+    path.write_bytes(whole)
+    table = out / "unfinished/metrics.csv"
+    table.write_text(table.read_text().replace("raw,", "raw,1", 1))
+    with pytest.raises(InputError, match=r"metrics\.csv is damaged"):
         run(OPTIONS, out, resume=True)
 
 
