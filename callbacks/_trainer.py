@@ -24,6 +24,7 @@ __all__ = [
     "refuse_sharded",
     "run_before_monitors",
     "runs",
+    "warn_of_raw_checkpoints",
     "warn_of_raw_weights",
 ]
 
@@ -83,6 +84,20 @@ def run_before_monitors(trainer: Trainer, callback: object, prefix: str) -> None
             callbacks.insert(place, callbacks.pop(mine))
             trainer.callbacks = callbacks  # type: ignore[attr-defined]
             return
+
+
+def warn_of_raw_checkpoints(trainer: Trainer, prefix: str) -> None:
+    """Say what a checkpoint chosen by a modelled metric holds: the raw weights."""
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(other, "monitor", None)
+        kinds = {kind.__name__ for kind in type(other).__mro__}
+        if "ModelCheckpoint" in kinds and isinstance(monitor, str) and monitor.startswith(prefix):
+            _logger.warning(
+                "ModelCheckpoint monitors %s, a metric of modelled weights, and saves the raw ones "
+                "(before the fit the metric repeats the raw value): add checkpoint_weights="
+                "'modelled' to save the weights it is chosen by.",
+                monitor,
+            )
 
 
 def epoch_is_over(trainer: Trainer, batch_idx: int | None = None) -> bool:

@@ -29,6 +29,7 @@ from cmd_plugin.callbacks._trainer import (
     refuse_sharded,
     run_before_monitors,
     runs,
+    warn_of_raw_checkpoints,
     warn_of_raw_weights,
 )
 from cmd_plugin.modes import OnlineModes
@@ -54,7 +55,8 @@ class CMDCallback(Callback):
     With ``evaluate="both"`` the trainer's own validation shows the raw weights, then the module's
     ``validation_step`` runs once more with the modelled ones, and what it logs appears under
     ``prefix``: ``cmd/val_acc`` beside ``val_acc``, for loggers and for
-    ``ModelCheckpoint(monitor="cmd/val_acc")``. Before the fit the raw numbers are repeated there.
+    ``ModelCheckpoint(monitor="cmd/val_acc")``. Before the fit the raw numbers are repeated there,
+    and such a checkpoint holds raw weights unless ``checkpoint_weights="modelled"`` is given.
     The second pass calls the module's ``on_validation_epoch_*`` and ``on_validation_batch_*`` hooks
     but no other callback; code can ask :attr:`showing`. Its means are over all processes.
 
@@ -240,6 +242,8 @@ class CMDCallback(Callback):
         self._offered = self._warned = self._schedule.restored = False
         if self.checkpoint_weights == "modelled":
             refuse_rival(trainer)
+        elif stage == "fit":
+            warn_of_raw_checkpoints(trainer, self.prefix)
         if self.evaluate == "both":
             refuse_data_loader_iterator(pl_module)
         run_before_monitors(trainer, self, self.prefix)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from callback_toys import (
+    PREFERRED,
     Counting,
     Toy,
     Watching,
@@ -18,6 +19,21 @@ from callback_toys import (
     make_trainer,
     toy_loader,
 )
+
+from cmd_plugin.callbacks import CMDCallback
+
+
+@pytest.mark.parametrize("weights", ["raw", "modelled"])
+def test_a_checkpoint_chosen_by_modelled_weights_says_that_it_holds_raw_ones(
+    weights: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callbacks = importlib.import_module(f"{PREFERRED}.callbacks")
+    kept = callbacks.ModelCheckpoint(tmp_path, monitor="cmd/val_loss")
+    callback = CMDCallback(modes=2, warmup=2, samples=20, checkpoint_weights=weights)  # type: ignore[arg-type]
+    trainer = make_trainer(callback, kept, max_epochs=4, enable_checkpointing=True)
+    trainer.fit(make_module(), toy_loader(), toy_loader(seed=2))
+    said = [r for r in caplog.records if "saves the raw ones" in r.getMessage()]
+    assert len(said) == (weights == "raw")
 
 
 def test_monitors_see_the_metrics_of_the_modelled_weights(namespace: str, tmp_path: Path) -> None:
