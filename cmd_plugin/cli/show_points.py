@@ -49,6 +49,11 @@ def _show_cloud(
     if "refocused" in found:
         again = found["refocused"]
         console.print(f"refocused on {again['kept']} points: {_answer(again)}")
+        advice = "" if again["counts_tell_outliers"] else ", too badly to refocus by them"
+        console.print(
+            f"on this network counts rank planted outliers with AUROC {again['outlier_auroc']:.2f}"
+            f"{advice}"
+        )
     axes = found["axes"]
     if axes["better"] is not None:
         console.print(

@@ -77,7 +77,7 @@ def outlier_ranking(
     Raises:
         InputError: If a number is not positive, or as :func:`point_importance`.
     """
-    from cmd_plugin.pointcloud.score_metrics import separation  # brings torchmetrics along
+    from scipy.stats import rankdata
 
     if planted < 1 or draws < 1:
         raise InputError(f"planted and draws must be at least 1, got {planted} and {draws}.")
@@ -89,9 +89,12 @@ def outlier_ranking(
         clouds = torch.cat((points, _strays(points, planted, generator)), dim=1)
         seen = point_importance(model, clouds, "critical++", forward=forward, pool=pool)
         scores = torch.stack((seen.scores, seen.norm, statistical_scores(clouds)), dim=1)
-        for cloud in scores.double():
-            own = dict(zip(_RANKED, cloud[:, :total], strict=True))
-            found.append(separation(own, dict(zip(_RANKED, cloud[:, total:], strict=True))))
+        # The sum of ranks says how many pairs are in order; ties count half.
+        ranks = rankdata(scores.double().cpu().numpy(), axis=-1)
+        above = ranks[..., total:].sum(axis=-1) - planted * (planted + 1) / 2
+        found += [
+            dict(zip(_RANKED, row, strict=True)) for row in (above / (planted * total)).tolist()
+        ]
     mean = {name: sum(row[name] for row in found) / len(found) for name in _RANKED}
     return OutlierRanking(mean["counts"], mean["norms"], mean["statistical"], planted)
 

@@ -15,6 +15,7 @@ from cmd_plugin.pointcloud import point_importance, refocus, unit_sphere
 from cmd_plugin.pointcloud.axes import axis_doubt, axis_orders
 from cmd_plugin.pointcloud.class_evidence import class_evidence
 from cmd_plugin.pointcloud.files import load_cloud, load_voxels, voxel_clouds
+from cmd_plugin.pointcloud.outliers import outlier_ranking
 from cmd_plugin.pointcloud.plots import plot_views, write_ply, write_view
 from cmd_plugin.runs.figures import save_figure
 from cmd_plugin.runs.job import Job, make_job
@@ -162,7 +163,15 @@ def _score(
         found["evidence_for"] = classes[label]
     if options.refocus:
         again = refocus(network, batch)
-        found["refocused"] = {**_answer(again.output[0], classes), "kept": int(again.kept.sum())}
+        # Whether counts find outliers differs between networks: measured on this one, for the
+        # reader who is about to trust the answer without the points they name.
+        ranking = outlier_ranking(network, batch, seed=options.seed)
+        found["refocused"] = {
+            **_answer(again.output[0], classes),
+            "kept": int(again.kept.sum()),
+            "outlier_auroc": ranking.counts,
+            "counts_tell_outliers": ranking.counts_tell,
+        }
     return _Scored(columns, found, left_out)
 
 

@@ -58,6 +58,9 @@ def test_a_page_a_picture_and_a_table_are_written(
     assert "Plotly.newPlot" in page
     assert 'src="http' not in page  # self-contained
     assert (out / "view.png").read_bytes().startswith(b"\x89PNG")
+    assert 0.0 <= found["refocused"]["outlier_auroc"] <= 1.0
+    tells = found["refocused"]["outlier_auroc"] >= 0.7
+    assert found["refocused"]["counts_tell_outliers"] == tells
     rows = table(out / "view.csv")
     assert len(rows) == result.data["points"] == 48  # as many as it was trained on
     assert sum(float(row["critical++"]) for row in rows) == 256
