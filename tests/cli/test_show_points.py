@@ -59,13 +59,21 @@ def test_an_answer_its_focus_and_doubts_are_shown(capsys: pytest.CaptureFixture[
     ]
     metrics = {
         **FOUND,
-        "refocused": {"answer": "box [1]", "probability": 0.5, "kept": 30},
+        "refocused": {
+            "answer": "box [1]",
+            "probability": 0.5,
+            "kept": 30,
+            "outlier_auroc": 0.4,
+            "counts_tell_outliers": False,
+        },
         "axes": {**AXES, "better": "xzy", "better_confidence": 0.981},
         "left_out": {"view.html": "plotly is needed here."},
     }
     show_explain(result("points explain", data={"points": 48}, metrics=metrics))
     assert capsys.readouterr().out.splitlines()[2:] == [
         "refocused on 30 points: box [1] (50.0 %)",
+        "on this network counts rank planted outliers with AUROC 0.40, too badly to ",
+        "refocus by them",
         "axes: with --axes xzy the network is 98.1 % sure of its answer, with xyz as here",
         "52.0 %: was it trained with another axis up?",
         "left out view.html: plotly is needed here.",
