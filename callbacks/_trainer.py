@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 __all__ = [
     "broadcast_from_rank_zero",
     "buffers_of_rank_zero",
+    "check_checkpoints",
     "epoch_is_over",
-    "refuse_rival",
     "refuse_sharded",
     "run_before_monitors",
     "runs",
-    "warn_of_raw_checkpoints",
     "warn_of_raw_weights",
 ]
 
@@ -62,7 +61,24 @@ def refuse_sharded(trainer: Trainer, who: str) -> None:
         raise PluginError(message)
 
 
-def refuse_rival(trainer: Trainer) -> None:
+def check_checkpoints(trainer: Trainer, weights: str, prefix: str) -> None:
+    """See that checkpoints can hold these weights, and are not taken for holding the other ones.
+
+    Args:
+        trainer: The trainer.
+        weights: ``"raw"`` or ``"modelled"``.
+        prefix: What the names of metrics of modelled weights begin with.
+
+    Raises:
+        PluginError: If another callback writes the weights of checkpoints as well.
+    """
+    if weights == "modelled":
+        _refuse_rival(trainer)
+    elif runs(trainer, "fit"):
+        _warn_of_raw_checkpoints(trainer, prefix)
+
+
+def _refuse_rival(trainer: Trainer) -> None:
     """Raise PluginError if another callback writes the weights of checkpoints as well."""
     others = trainer.callbacks  # type: ignore[attr-defined]
     names = {kind.__name__ for other in others for kind in type(other).__mro__}
@@ -86,7 +102,7 @@ def run_before_monitors(trainer: Trainer, callback: object, prefix: str) -> None
             return
 
 
-def warn_of_raw_checkpoints(trainer: Trainer, prefix: str) -> None:
+def _warn_of_raw_checkpoints(trainer: Trainer, prefix: str) -> None:
     """Say what a checkpoint chosen by a modelled metric holds: the raw weights."""
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(other, "monitor", None)

@@ -24,12 +24,11 @@ from cmd_plugin.callbacks._steps import StepHooks, embedding_of
 from cmd_plugin.callbacks._trainer import (
     broadcast_from_rank_zero,
     buffers_of_rank_zero,
+    check_checkpoints,
     epoch_is_over,
-    refuse_rival,
     refuse_sharded,
     run_before_monitors,
     runs,
-    warn_of_raw_checkpoints,
     warn_of_raw_weights,
 )
 from cmd_plugin.modes import OnlineModes
@@ -240,10 +239,7 @@ class CMDCallback(Callback):
         refuse_sharded(trainer, type(self).__name__)
         self._leave()
         self._offered = self._warned = self._schedule.restored = False
-        if self.checkpoint_weights == "modelled":
-            refuse_rival(trainer)
-        elif stage == "fit":
-            warn_of_raw_checkpoints(trainer, self.prefix)
+        check_checkpoints(trainer, self.checkpoint_weights, self.prefix)
         if self.evaluate == "both":
             refuse_data_loader_iterator(pl_module)
         run_before_monitors(trainer, self, self.prefix)
