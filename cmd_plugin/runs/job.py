@@ -30,8 +30,8 @@ _ADVICE = "start again with --overwrite"
 class Job:
     """What the work of a job is done with, as a context manager; :func:`make_job` makes one.
 
-    A run that ends in an :class:`InputError` before anything was finished leaves nothing behind, so
-    that the corrected command can be given at once.
+    A run that ends in an error before anything was finished leaves nothing behind, so that the
+    corrected command can be given at once.
 
     Args:
         name: The job's name, as on the command line.
@@ -84,7 +84,7 @@ class Job:
         trace: TracebackType | None,
     ) -> None:
         """Let the folder go; what is unfinished stays there."""
-        if isinstance(error, InputError):
+        if isinstance(error, Exception):  # what a user interrupts stays, to be resumed
             self.folder.forget_if_empty()
         self.folder.close()
         self._stack.close()

@@ -95,3 +95,21 @@ def test_a_full_disk_is_a_sentence_and_the_old_file_stays(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_fails_before_anything_was_finished_leaves_nothing(
+    tmp_path: Path, finished: bool
+) -> None:
+    out = tmp_path / "out"
+    if finished:
+        run(Options(), out, [])
+    for error in (InputError("wrong"), ZeroDivisionError()):
+        with pytest.raises(type(error)), Job("toy", Options(), out, overwrite=finished):
+            raise error
+        assert out.exists() == finished
+        assert not (out / "unfinished").exists()
+    with pytest.raises(InputError), Job("toy", Options(), out, overwrite=finished) as job:
+        job.stage("seed0", lambda: {"seed": 0})
+        raise InputError("wrong, but later")
+    assert (out / "unfinished").exists()
