@@ -109,7 +109,6 @@ def test_a_run_that_fails_before_anything_was_finished_leaves_nothing(
             raise error
         assert out.exists() == finished
         assert not (out / "unfinished").exists()
-    with pytest.raises(InputError), Job("toy", Options(), out, overwrite=finished) as job:
-        job.stage("seed0", lambda: {"seed": 0})
-        raise InputError("wrong, but later")
-    assert (out / "unfinished").exists()
+    with pytest.raises(KeyboardInterrupt):
+        run(Options(), out, [], stop=1, overwrite=finished)
+    assert (out / "unfinished/state/seed0.json").exists()
