@@ -494,7 +494,9 @@ class OnlineModes:
             elif not still:
                 warmup = WarmUp(self.settings, self.layout, samples, self._store_device)
                 warmup.load_state(saved.part("warmup"), updates)
-            embedding, held = self.settings.embedding, saved.part("embedder")
+            # States of before embedding existed have no such entry.
+            held = saved.part("embedder") if saved.get_or_none("embedder") is not None else None
+            embedding = self.settings.embedding
             wanted = tracker is not None and embedding is not None
             saved.require((held is not None) == wanted, "embedder", "does not fit the settings")
             if embedding is not None and held is not None and tracker is not None:
