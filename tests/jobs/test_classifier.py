@@ -14,7 +14,7 @@ from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.data import load_dataset, make_loader
 from cmd_plugin.errors import InputError
 from cmd_plugin.jobs.classifier import Classifier
-from cmd_plugin.networks import Score, evaluate
+from cmd_plugin.networks import evaluate
 from cmd_plugin.runs.process import quiet_lightning
 
 
@@ -99,24 +99,6 @@ def test_the_seed_decides_the_dropout_masks() -> None:
     first, again, other = weights(3, 0), weights(3, 99), weights(4, 0)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-def test_evaluation_by_hand_and_neutral() -> None:
-    module = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
-    module[1].eval()  # a mixed state must come back as it was
-    images, labels = torch.randn(20, 4), torch.randint(0, 3, (20,))
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    state = torch.get_rng_state()
-    score = evaluate(module, [(images[:13], labels[:13]), (images[13:], labels[13:])])
-    assert torch.equal(state, torch.get_rng_state())
-    assert [m.training for m in module] == [True, False, True]
-    assert all(torch.equal(v, module.state_dict()[k]) for k, v in before.items())
-    module.eval()
-    scores = module(images).detach()
-    loss = -scores.log_softmax(1)[torch.arange(20), labels].mean()
-    assert isinstance(score, Score)
-    assert score.loss == pytest.approx(float(loss), rel=1e-5)
-    assert score.accuracy == int((scores.argmax(1) == labels).sum()) / 20
 
 
 @pytest.mark.parametrize(
