@@ -5,8 +5,9 @@ Every name is imported when it is first used, so that splitting labels loads no 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
     from cmd_plugin.data.collection import ImageSet as ImageSet
@@ -19,19 +20,7 @@ if TYPE_CHECKING:
     from cmd_plugin.data.names import DATASETS as DATASETS
     from cmd_plugin.data.read import read_images as read_images
 
-__all__ = [
-    "DATASETS",
-    "EpochShuffle",
-    "ImageData",
-    "ImageSet",
-    "LabelledImages",
-    "ReadLimits",
-    "load_dataset",
-    "make_loader",
-    "read_images",
-]
-
-_HOMES = {
+_MODULES = {
     "DATASETS": "names",
     "EpochShuffle": "images",
     "ImageData": "datasets",
@@ -43,12 +32,6 @@ _HOMES = {
     "read_images": "read",
 }
 
+__all__ = list(_MODULES)
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_face(__name__, _MODULES)
