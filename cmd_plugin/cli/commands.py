@@ -140,7 +140,9 @@ def _own_parameters(kind: type[JobOptions]) -> list[inspect.Parameter]:
         extra: dict[str, Any] = {}
         if about.choices:
             # For help and completion; a wrong one is refused by the options, in our words.
-            hint = Literal[about.choices]
+            choices = Literal[about.choices]
+            # A default outside the hint is refused as soon as another package has loaded pydantic.
+            hint = choices | None if field.default is None else choices
             extra["converter"] = _as_given
         if about.flag:
             extra["name"] = f"--{about.flag}"

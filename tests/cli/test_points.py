@@ -21,6 +21,14 @@ def cmd_plugin(*arguments: str) -> int:
     return ended.value.code
 
 
+def test_an_option_without_default_is_read_beside_pydantic(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("pydantic")  # where it is loaded, cyclopts checks defaults as well
+    assert cmd_plugin("explain", "a.npy", "--weights", "b.pt") == 2
+    assert "there is no file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
