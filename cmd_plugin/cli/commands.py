@@ -140,9 +140,7 @@ def _own_parameters(kind: type[JobOptions]) -> list[inspect.Parameter]:
         extra: dict[str, Any] = {}
         if about.choices:
             # For help and completion; a wrong one is refused by the options, in our words.
-            choices = Literal[about.choices]
-            # A default outside the hint is refused as soon as another package has loaded pydantic.
-            hint = choices | None if field.default is None else choices
+            hint = Literal[about.choices]
             extra["converter"] = _as_given
         if about.flag:
             extra["name"] = f"--{about.flag}"
@@ -164,10 +162,21 @@ def _own_parameters(kind: type[JobOptions]) -> list[inspect.Parameter]:
                         show_default=field.default not in (None, (), MISSING) and hint is not bool,
                         **extra,
                     ),
+                    _Unchecked(),
                 ],
             )
         )
     return found
+
+
+class _Unchecked:
+    """Where another package has loaded pydantic, cyclopts asks it to check values as well.
+
+    The options check them, in our words, and a default may lie outside the choices.
+    """
+
+    def __get_pydantic_core_schema__(self, *_: Any) -> dict[str, str]:
+        return {"type": "any"}
 
 
 def _as_given(hint: Any, tokens: Any) -> str:  # noqa: ARG001 the library's signature
