@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
+    from cmd_plugin.clip.conditional import ConditionalWhitening as ConditionalWhitening
     from cmd_plugin.clip.statistics import Gaussian as Gaussian
     from cmd_plugin.clip.statistics import GaussianStatistics as GaussianStatistics
     from cmd_plugin.clip.wclip import import_wclip as import_wclip
     from cmd_plugin.clip.whitening import Whitening as Whitening
 
 _MODULES = {
+    "ConditionalWhitening": "conditional",
     "Gaussian": "statistics",
     "GaussianStatistics": "statistics",
     "Whitening": "whitening",
