@@ -31,6 +31,7 @@ from cmd_plugin.clip._rows import Rows, check_rows, row_blocks
 from cmd_plugin.clip._shrinkage import Shrinkage, check_shrinkage
 from cmd_plugin.clip.statistics import GaussianStatistics, Normalize
 from cmd_plugin.errors import InputError, ShapeError
+from cmd_plugin.kernels.mahalanobis import mahalanobis
 from cmd_plugin.runs.tensors import Schema
 
 __all__ = ["Basis", "Whitening"]
@@ -206,7 +207,11 @@ class Whitening:
         Raises:
             ShapeError: If they are not floating [N, d].
         """
-        return self._by_blocks(x, lambda centred: centred @ self.matrix.to(centred))
+        return self._by_blocks(x, self._coordinates)
+
+    def _coordinates(self, rows: Tensor) -> Tensor:
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        return (rows.to(wide) - self.mean.to(rows.device, wide)) @ self.matrix.to(rows.device, wide)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return the rows whose coordinates are y: :meth:`transform` backwards.
@@ -249,8 +254,10 @@ class Whitening:
         """
         return self._by_blocks(x, self._norms)
 
-    def _norms(self, centred: Tensor) -> Tensor:
-        return (centred @ self.triangle.to(centred)).square().sum(dim=1)
+    def _norms(self, rows: Tensor) -> Tensor:
+        mean, triangle = self.mean.to(rows.device), self.triangle.to(rows.device)
+        squared = mahalanobis(rows, mean, triangle, triangular=True)
+        return torch.where(squared.isfinite(), squared, torch.nan)
 
     def log_likelihood(self, x: Rows) -> Tensor:
         r"""Return :math:`-(r \log 2 \pi + \lVert y \rVert^2) / 2` of every row, [N].
@@ -321,7 +328,9 @@ class Whitening:
             self._third,
             self._fourth,
         )
-        return self._by_blocks(x, lambda z: scores_without(z, spectrum), torch.float64)
+        return self._by_blocks(
+            x, lambda rows: scores_without(rows.double() - self.mean.to(rows.device), spectrum)
+        )
 
     def calibrate(self, x: Rows, *, held_out: bool = False) -> Whitening:
         """Return this whitening with a reference for :meth:`percentile`.
@@ -427,20 +436,18 @@ class Whitening:
         if not 1 <= self.rank <= kept <= dim or not bool((self.variances > 0).all()):
             raise ShapeError("its rank or variances are impossible.")
 
-    def _by_blocks(
-        self, x: Rows, work: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def _by_blocks(self, x: Rows, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the results of ``work`` on blocks of rows, normalised as those of the fit."""
         check_rows(x, self.dim)
-        done = []
-        for block in row_blocks(x, _BLOCK):
-            narrow = torch.float64 if block.dtype == torch.float64 else torch.float32
-            rows = block.to(dtype or narrow)
-            if self.normalize == "l2":
-                rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-            done.append(work(rows - self.mean.to(rows)))
-        if not done:
-            raise ShapeError("there are no rows to score.")
-        return torch.cat(done)
+        done = [work(self._normalised(block)) for block in row_blocks(x, _BLOCK)]
+        return torch.cat(done) if done else work(torch.empty(0, self.dim))
+
+    def _normalised(self, rows: Tensor) -> Tensor:
+        if self.normalize == "raw":
+            return rows
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        norm: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        return wide / norm
 
 
 _TENSORS = ("mean", "vectors", "variances", "eigenvalues")
