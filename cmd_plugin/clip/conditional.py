@@ -21,6 +21,7 @@ __all__ = ["ConditionalWhitening"]
 _Vector = NDArray[np.float64]
 
 _GRAM_ROWS = 8192  # products of all pairs are kept up to here: 512 MiB
+_TOLD_APART = 1e-10  # share of the largest eigenvalue below which products are rounding
 _QUERIES = 256  # queries whose products with all rows are held at once
 
 
@@ -125,7 +126,7 @@ class ConditionalWhitening:
         gram -= towards_mean[:, None] + (towards_mean - size)
         z = product - product.mean() - (towards_mean - size)
         values, weights = _spectrum(gram, z, self.components)
-        if values[0] <= len(z) * np.finfo(np.float64).eps * values[-1]:
+        if values[0] <= _TOLD_APART * values[-1]:
             raise InputError(
                 f"the neighbours of a row span less than {self.components} directions: take more "
                 "neighbours or fewer components."
