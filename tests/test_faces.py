@@ -24,6 +24,7 @@ LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh"}
 # What must not come along with any name of a room.
 FORBIDDEN = {
     "cmd_plugin.callbacks": {"flwr", *PICTURES, *LATE},
+    "cmd_plugin.clip": {"flwr", *LIGHTNING, *PICTURES, *LATE, "modes", "pointcloud"},
     "cmd_plugin.data": {"flwr", *LIGHTNING, *PICTURES, *METHODS, "torchvision", "timm"},
     "cmd_plugin.errors": {"torch", "numpy"},
     "cmd_plugin.federated": {*LIGHTNING, *PICTURES, *LATE, "pointcloud"},
@@ -40,6 +41,7 @@ ALSO = {"cmd_plugin.callbacks.CMDCallback": {"pointcloud"}}
 START = {
     "cmd_plugin.errors": (),
     "cmd_plugin.callbacks": ("torch", "pytorch_lightning", "lightning.pytorch"),
+    "cmd_plugin.clip": ("torch", "torchmetrics"),
     "cmd_plugin.pointcloud": ("torch", "torchmetrics"),  # a metric is one of theirs
     "cmd_plugin.federated": ("torch", "flwr.app", "flwr.clientapp", "flwr.serverapp.strategy"),
 }
