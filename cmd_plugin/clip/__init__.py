@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
+    from cmd_plugin.clip.align import Alignment as Alignment
+    from cmd_plugin.clip.align import fit_alignment as fit_alignment
     from cmd_plugin.clip.alpha import ALPHAS as ALPHAS
     from cmd_plugin.clip.alpha import AlphaCurve as AlphaCurve
     from cmd_plugin.clip.alpha import alpha_curve as alpha_curve
@@ -40,22 +42,30 @@ if TYPE_CHECKING:
     from cmd_plugin.clip.preprocessing import Preprocessing as Preprocessing
     from cmd_plugin.clip.retrieval import ranks_of as ranks_of
     from cmd_plugin.clip.retrieval import recall_at as recall_at
+    from cmd_plugin.clip.statistics import Gaussian as Gaussian
+    from cmd_plugin.clip.statistics import GaussianStatistics as GaussianStatistics
     from cmd_plugin.clip.towers import Tower as Tower
     from cmd_plugin.clip.towers import image_tower as image_tower
     from cmd_plugin.clip.towers import looks_normalised as looks_normalised
     from cmd_plugin.clip.towers import text_tower as text_tower
+    from cmd_plugin.clip.wclip import import_wclip as import_wclip
+    from cmd_plugin.clip.whitening import Whitening as Whitening
 
 _MODULES = {
     "ALPHAS": "alpha",
+    "Alignment": "align",
     "AlphaCurve": "alpha",
     "ConformityEstimate": "conformities",
     "DomainAUC": "drift",
     "Ellipsoid": "ellipsoid",
+    "Gaussian": "statistics",
+    "GaussianStatistics": "statistics",
     "MMDTest": "drift",
     "ModalityGap": "gap",
     "Normality": "normality_tests",
     "Preprocessing": "preprocessing",
     "Tower": "towers",
+    "Whitening": "whitening",
     "alignment": "gap",
     "alpha_curve": "alpha",
     "conformity": "conformities",
@@ -63,8 +73,10 @@ _MODULES = {
     "conformity_to": "conformities",
     "domain_auc": "drift",
     "estimate_conformity": "conformities",
+    "fit_alignment": "align",
     "fit_ellipsoid": "ellipsoid",
     "image_tower": "towers",
+    "import_wclip": "wclip",
     "load_tower": "named_towers",
     "looks_normalised": "towers",
     "mmd_test": "drift",
