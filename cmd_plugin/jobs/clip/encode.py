@@ -95,7 +95,7 @@ def open_input(
     found = job.stage(f"{name}-encoded", work.encode)
     opened = open_embeddings(job.folder.path(f"{name}.npy"))
     _list_left_out(job, found["left_out"])
-    data = {"input": str(path), **{k: v for k, v in found.items() if k != "left_out"}}
+    data = {"input": str(path.resolve()), **{k: v for k, v in found.items() if k != "left_out"}}
     return Opened(opened, {**data, "left_out": len(found["left_out"])})
 
 
@@ -114,7 +114,7 @@ def _stored(
     return Opened(
         file,
         {
-            "input": str(path),
+            "input": str(path.resolve()),
             "kind": kind,
             "rows": len(rows),
             "first_row": start,
@@ -253,7 +253,7 @@ class _Work:
         path = folder.path(f"{self.name}.npy")
         folder.write(path, lambda file: _assemble(file, shape, sides, set(order)))
         names = {side.modality: [side.names[row] for row in order] for side in sides}
-        about = {**about, "source": str(self.path)}
+        about = {**about, "source": str(self.path.resolve())}
         write_about(folder.path(f"{self.name}.json"), names, about)
         return {
             "kind": "pairs" if len(sides) > 1 else f"{sides[0].modality}s",

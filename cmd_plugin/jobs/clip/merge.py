@@ -87,7 +87,7 @@ def _read(path: Path) -> _Part:
     data, options = result.get("data", {}), result.get("options", {})
     if not isinstance(data.get("input"), str):
         return _Part(path, statistics, None, None)
-    origin = (str(Path(data["input"]).resolve()), int(data.get("first_row", -1)))
+    origin = (data["input"], int(data.get("first_row", -1)))
     shard = options.get("shard")
     if data.get("kind") not in ("embeddings", "pairs"):
         origin = (f"{origin[0]} {shard}", 0)
@@ -104,8 +104,8 @@ def _rows(
             rows = open_embeddings(encoded).single(None)
         else:
             start = int(data["first_row"])
-            rows = open_embeddings(data["input"]).single(options.get("modality"))
-            rows = rows.between(start, start + int(data["rows"]))
+            whole = open_embeddings(data["input"]).single(options.get("modality"))
+            rows = whole.between(start, min(start + int(data["rows"]), len(whole)))
     except (InputError, KeyError, TypeError):
         return None
     fits = len(rows) == statistics.rows + statistics.skipped and rows.dimension == statistics.dim

@@ -208,9 +208,12 @@ class ScoreOptions(EncoderOptions):
         "Folder of `clip fit` or `clip merge`, or its whitening.safetensors.", panel=_INPUT
     )
     format: str = option("csv", "csv or jsonl.", panel=_INPUT, choices=("csv", "jsonl"))
-    rows: int = option(
-        16384, "Rows scored at a time.", panel=_MACHINE, at_least=1
+    leave_one_out: bool = option(
+        False,
+        "The input are the rows of the fit: score each as if the fit were without it.",
+        panel=_INPUT,
     )
+    rows: int = option(16384, "Rows scored at a time.", panel=_MACHINE, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
