@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from cmd_plugin.clip.preprocessing import Preprocessing as Preprocessing
     from cmd_plugin.clip.retrieval import ranks_of as ranks_of
     from cmd_plugin.clip.retrieval import recall_at as recall_at
+    from cmd_plugin.clip.row_scores import SCORES as SCORES
+    from cmd_plugin.clip.row_scores import score_rows as score_rows
     from cmd_plugin.clip.statistics import Gaussian as Gaussian
     from cmd_plugin.clip.statistics import GaussianStatistics as GaussianStatistics
     from cmd_plugin.clip.towers import Tower as Tower
@@ -61,6 +63,7 @@ _MODULES = {
     "ModalityGap": "gap",
     "Normality": "normality_tests",
     "Preprocessing": "preprocessing",
+    "SCORES": "row_scores",
     "Tower": "towers",
     "Whitening": "whitening",
     "alignment": "gap",
@@ -81,6 +84,7 @@ _MODULES = {
     "nt_xent": "alpha",
     "ranks_of": "retrieval",
     "recall_at": "retrieval",
+    "score_rows": "row_scores",
     "separability": "gap",
     "separating_accuracy": "gap",
     "shift_along_gap": "gap",

@@ -201,9 +201,7 @@ class _Work:
             sides.append(self._side("text", texts[start:stop]))
         return sides
 
-    def _side(
-        self, modality: Modality, names: list[str], files: Sequence[ImageFile] = ()
-    ) -> _Side:
+    def _side(self, modality: Modality, names: list[str], files: Sequence[ImageFile] = ()) -> _Side:
         count = -(-len(names) // (self.options.batch_size * _PART_BATCHES))
         parts = (f"{self.name}-{modality}-{n:06d}.safetensors" for n in range(count))
         return _Side(modality, names, files, [self.job.folder.state(part) for part in parts])

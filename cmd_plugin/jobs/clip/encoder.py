@@ -38,7 +38,9 @@ def find_tower(options: EncoderOptions, modality: Modality) -> Tower:
                 f"the folder {folder} holds its own weights: leave out --weights and --untrained."
             )
         known = (folder / _OPEN_CLIP).is_file()
-        tower = _saved(folder, modality) if known else load_tower(f"transformers:{folder}", modality)
+        tower = (
+            _saved(folder, modality) if known else load_tower(f"transformers:{folder}", modality)
+        )
     elif name.startswith("transformers:"):
         raise InputError(f"there is no folder {folder}: transformers models are saved in one.")
     elif weights is None and not options.untrained:

@@ -170,7 +170,9 @@ def read_fitted(path: str | Path) -> Fitted:
     whitening = Whitening.load(file)
     statistics = GaussianStatistics.load(beside) if beside.is_file() else None
     if statistics is not None and statistics.dim != whitening.dim:
-        raise InputError(f"{beside} does not belong to {file}: keep what `clip fit` wrote together.")
+        raise InputError(
+            f"{beside} does not belong to {file}: keep what `clip fit` wrote together."
+        )
     return Fitted(whitening, statistics, read_json_if_any(result))
 
 

@@ -156,9 +156,7 @@ def open_embeddings(path: str | Path) -> EmbeddingFile:
                 f"{path} holds {len(parts[0])} images of {parts[0].dimension} values and "
                 f"{len(parts[1])} texts of {parts[1].dimension}: pairs are as many and as long."
             )
-        parts = [
-            replace(rows, modality=name) for rows, name in zip(parts, _PAIR[0], strict=True)
-        ]
+        parts = [replace(rows, modality=name) for rows, name in zip(parts, _PAIR[0], strict=True)]
     return EmbeddingFile(path, tuple(_with_about(path, parts)))
 
 
@@ -174,9 +172,7 @@ def shard_of(text: str) -> tuple[int, int]:
     raise InputError(f"--shard is written NUMBER/COUNT, from 1/COUNT on, as 2/8, got {text!r}.")
 
 
-def write_about(
-    path: Path, names: dict[str, list[str]], about: dict[str, str]
-) -> None:
+def write_about(path: Path, names: dict[str, list[str]], about: dict[str, str]) -> None:
     """Write what the rows of a file of embeddings are, beside it.
 
     Args:

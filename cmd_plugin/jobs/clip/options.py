@@ -60,9 +60,7 @@ class EncoderOptions(JobOptions):
         None, "Side length of the images; default: what the model says.", panel=_ENCODER, at_least=1
     )
     batch_size: int = option(32, "Images or captions at a time.", panel=_ENCODER, at_least=1)
-    accelerator: str = option(
-        "cpu", "Device of the encoder.", panel=_MACHINE, choices=ACCELERATORS
-    )
+    accelerator: str = option("cpu", "Device of the encoder.", panel=_MACHINE, choices=ACCELERATORS)
     workers: int = option(
         2, "Processes that read images; 0 reads in this one.", panel=_MACHINE, free=True, at_least=0
     )
@@ -159,9 +157,7 @@ class FitOptions(EncoderOptions, WhiteningOptions, _Normalized):
     """
 
     input: Path = argument(_WHAT, panel=_INPUT, positional=True)
-    modality: str | None = option(
-        None, _MODALITY, panel=_INPUT, choices=("image", "text")
-    )
+    modality: str | None = option(None, _MODALITY, panel=_INPUT, choices=("image", "text"))
     shard: str | None = option(
         None, "Only this part of the input, as 2/8; merge makes one of all.", panel=_INPUT
     )
@@ -201,9 +197,7 @@ class ScoreOptions(EncoderOptions):
     """
 
     input: Path = argument(_WHAT, panel=_INPUT, positional=True)
-    modality: str | None = option(
-        None, _MODALITY, panel=_INPUT, choices=("image", "text")
-    )
+    modality: str | None = option(None, _MODALITY, panel=_INPUT, choices=("image", "text"))
     whitening: Path = argument(
         "Folder of `clip fit` or `clip merge`, or its whitening.safetensors.", panel=_INPUT
     )
@@ -266,10 +260,10 @@ class CompareOptions(EncoderOptions):
     """
 
     reference: Path = argument(f"Reference. {_WHAT}", panel=_INPUT, positional=True)
-    sample: Path = argument("What is compared with it; as the reference.", panel=_INPUT, positional=True)
-    modality: str | None = option(
-        None, _MODALITY, panel=_INPUT, choices=("image", "text")
+    sample: Path = argument(
+        "What is compared with it; as the reference.", panel=_INPUT, positional=True
     )
+    modality: str | None = option(None, _MODALITY, panel=_INPUT, choices=("image", "text"))
     normalize: str = option(
         "raw",
         "raw, or l2: compare directions only, and not lengths.",

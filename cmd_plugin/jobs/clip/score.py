@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import heapq
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmd_plugin.clip import Whitening
+from cmd_plugin.clip import Whitening, score_rows
 from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.jobs.clip.encode import Opened, open_input
 from cmd_plugin.jobs.clip.fitting import Fitted, about_of, read_fitted
 from cmd_plugin.jobs.clip.inputs import Rows
 from cmd_plugin.jobs.clip.options import ScoreOptions
-from cmd_plugin.jobs.clip.scoring import (
-    COLUMNS,
-    Scores,
-    columns_of,
-    score_rows,
-    table_header,
-    write_rows,
-)
+from cmd_plugin.jobs.clip.score_table import COLUMNS, table_header, write_rows
 from cmd_plugin.runs.files import write_json
 from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.process import own_threads
@@ -63,14 +56,14 @@ def run(job: Job, options: ScoreOptions) -> Result:
 
 def _score(job: Job, options: ScoreOptions, rows: Rows, fitted: Fitted) -> dict[str, Any]:
     whitening, statistics = fitted.whitening, fitted.statistics
-    if options.leave_one_out and len(rows) != whitening.rows:
+    own = options.leave_one_out
+    fitted_rows = whitening.rows + (0 if statistics is None else statistics.skipped)
+    if own and len(rows) != fitted_rows:
         raise InputError(
-            f"--leave-one-out is for the rows of the fit, which were {whitening.rows}, and "
+            f"--leave-one-out is for the rows of the fit, which were {fitted_rows}, and "
             f"{options.input} holds {len(rows)}: leave it out."
         )
     unit_mean = None if statistics is None else statistics.unit_mean
-    columns = columns_of(whitening, unit_mean)
-    own = whitening.rows if options.leave_one_out else None
     parts, found = [], []
     for number, start in enumerate(range(0, len(rows), options.rows)):
         job.report("scoring", start, len(rows))
@@ -78,22 +71,22 @@ def _score(job: Job, options: ScoreOptions, rows: Rows, fitted: Fitted) -> dict[
         path = job.folder.state(f"scores-{number:06d}.txt")
 
         def work(part: Rows = part, path: Path = path) -> dict[str, Any]:
-            scores = score_rows(part.all(), whitening, unit_mean, own)
+            scores = score_rows(part.all(), whitening, unit_mean, leave_one_out=own)
             text = write_rows(scores, part.first, part.names, options.format)
             job.folder.write(path, lambda file: file.write_text(text, encoding="utf-8"))
-            return _summary(part, scores)
+            return {"columns": list(scores), **_summary(part, scores)}
 
         found.append(job.stage(f"scores-{number:06d}", work))
         parts.append(path)
-    header = table_header(columns, named=rows.names is not None)
+    header = table_header(found[0]["columns"], named=rows.names is not None)
     _join(job, parts, header, options.format)
     about = {name: COLUMNS[name] for name in header}
     write_json(job.folder.path("columns.json"), {"columns": about, **_of_whitening(whitening)})
     return {**_total(found), "columns": header}
 
 
-def _summary(part: Rows, scores: Scores) -> dict[str, Any]:
-    likelihood = scores.columns["log_likelihood"]
+def _summary(part: Rows, scores: Mapping[str, Tensor]) -> dict[str, Any]:
+    likelihood = scores["log_likelihood"]
     good = likelihood.isfinite()
     order = torch.argsort(likelihood[good], stable=True)
     numbers = good.nonzero().flatten()[order]
@@ -103,10 +96,10 @@ def _summary(part: Rows, scores: Scores) -> dict[str, Any]:
     }
 
     def total(name: str) -> float | None:
-        column = scores.columns.get(name)
+        column = scores.get(name)
         return None if column is None else float(column[good].sum())
 
-    percentile = scores.columns.get("percentile")
+    percentile = scores.get("percentile")
     return {
         "rows": len(likelihood),
         "finite": int(good.sum()),
