@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
+    from cmd_plugin.clip.align import Alignment as Alignment
+    from cmd_plugin.clip.align import fit_alignment as fit_alignment
     from cmd_plugin.clip.alpha import ALPHAS as ALPHAS
     from cmd_plugin.clip.alpha import AlphaCurve as AlphaCurve
     from cmd_plugin.clip.alpha import alpha_curve as alpha_curve
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "ALPHAS": "alpha",
+    "Alignment": "align",
     "AlphaCurve": "alpha",
     "ConformityEstimate": "conformities",
     "DomainAUC": "drift",
@@ -73,6 +76,7 @@ _MODULES = {
     "conformity_to": "conformities",
     "domain_auc": "drift",
     "estimate_conformity": "conformities",
+    "fit_alignment": "align",
     "fit_ellipsoid": "ellipsoid",
     "image_tower": "towers",
     "import_wclip": "wclip",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cmd_plugin.clip._rows import Rows, row_blocks
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
 
 __all__ = ["embeddings", "pairs", "same_width", "unit"]
 
 
-def embeddings(x: Tensor, name: str, least: int = 1) -> Tensor:
+def embeddings(x: Rows, name: str, least: int = 1) -> Tensor:
     """Return embeddings in float64, where they are (on the CPU if that device has no float64).
 
     Args:
-        x: Shape [N, d], any real dtype.
+        x: Shape [N, d], any real dtype; an array is copied.
         name: What the caller calls them, for messages.
         least: How many rows are needed.
 
@@ -23,6 +24,8 @@ def embeddings(x: Tensor, name: str, least: int = 1) -> Tensor:
         InputError: If there are fewer rows.
         NonFiniteError: If a row holds NaN or infinite values.
     """
+    if not isinstance(x, Tensor):
+        x = next(row_blocks(x, len(x))) if x.ndim and len(x) else torch.empty(x.shape)
     if x.ndim != 2 or x.shape[1] < 1 or x.is_complex() or x.dtype == torch.bool:
         raise ShapeError(
             f"{name} must be embeddings [N, d], one a row, got {x.dtype} {tuple(x.shape)}."
@@ -62,7 +65,7 @@ def same_width(x: Tensor, y: Tensor, names: tuple[str, str]) -> None:
         )
 
 
-def pairs(images: Tensor, texts: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
+def pairs(images: Rows, texts: Rows, least: int = 2) -> tuple[Tensor, Tensor]:
     """Return image and text embeddings of which rows i belong together, in float64.
 
     Raises:

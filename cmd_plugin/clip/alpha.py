@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cmd_plugin.clip._checks import pairs, unit
+from cmd_plugin.clip._rows import Rows
 from cmd_plugin.clip.conformities import conformity
 from cmd_plugin.clip.gap import Shift, alignment, shift_to_origin
 from cmd_plugin.errors import InputError
@@ -60,7 +61,7 @@ class AlphaCurve:
         return float(self.alphas[self.loss.argmin()])
 
 
-def nt_xent(images: Tensor, texts: Tensor, temperature: float = 0.01) -> float:
+def nt_xent(images: Rows, texts: Rows, temperature: float = 0.01) -> float:
     """Symmetric InfoNCE of pairs, all of them as one batch: mean of the two cross entropies, nats.
 
     Args:
@@ -115,8 +116,8 @@ def conformity_divergence(p: Tensor, q: Tensor, kl: Divergence = "gauss", bins: 
 
 
 def alpha_curve(
-    images: Tensor,
-    texts: Tensor,
+    images: Rows,
+    texts: Rows,
     alphas: Sequence[float] = ALPHAS,
     *,
     temperature: float = 0.01,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.clip._checks import embeddings, unit
+from cmd_plugin.clip._rows import Rows, row_blocks
 from cmd_plugin.errors import InputError, ShapeError
 
 __all__ = [
@@ -24,11 +25,11 @@ __all__ = [
 _CHUNK = 65536  # rows in float64 at a time
 
 
-def unit_mean(x: Tensor) -> Tensor:
+def unit_mean(x: Rows) -> Tensor:
     """Mean of the unit vectors of embeddings, itself not normalised: all that conformity needs.
 
     Args:
-        x: Shape [N, d], N at least 1.
+        x: Shape [N, d], N at least 1; an array on disk is read in blocks.
 
     Returns:
         Shape [d], float64, of norm at most 1.
@@ -40,11 +41,11 @@ def unit_mean(x: Tensor) -> Tensor:
     """
     if x.ndim != 2 or not len(x):
         embeddings(x, "x")  # says what is wrong
-    sums = [unit(embeddings(part, "x"), "x").sum(dim=0) for part in torch.split(x, _CHUNK)]
+    sums = [unit(embeddings(part, "x"), "x").sum(dim=0) for part in row_blocks(x, _CHUNK)]
     return torch.stack(sums).sum(dim=0) / len(x)
 
 
-def conformity_to(x: Tensor, mean: Tensor) -> Tensor:
+def conformity_to(x: Rows, mean: Tensor) -> Tensor:
     """Mean cosine of embeddings to a set they are no part of, exactly: <x / ||x||, mean>.
 
     Args:
@@ -64,13 +65,13 @@ def conformity_to(x: Tensor, mean: Tensor) -> Tensor:
     if not len(x):
         return mean.new_zeros(0, dtype=torch.float64)
     parts = []
-    for part in torch.split(x, _CHUNK):
+    for part in row_blocks(x, _CHUNK):
         wide = unit(embeddings(part, "x"), "x")
         parts.append(wide @ mean.to(wide))
     return torch.cat(parts)
 
 
-def conformity(x: Tensor, reference: Tensor | None = None) -> Tensor:
+def conformity(x: Rows, reference: Rows | None = None) -> Tensor:
     """Mean cosine of each embedding to the others, or to those of a reference, in O(N d).
 
     With unit vectors u and their mean m (not normalised), C_j = (N <u_j, m> - 1) / (N - 1) is the
@@ -132,7 +133,7 @@ class ConformityEstimate:
     norm_variation: float
 
 
-def estimate_conformity(x: Tensor) -> ConformityEstimate:
+def estimate_conformity(x: Rows) -> ConformityEstimate:
     """Compare the paper's estimate of conformity with the exact one.
 
     Args:

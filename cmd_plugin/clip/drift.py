@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.clip._checks import embeddings, same_width
+from cmd_plugin.clip._rows import Rows
 from cmd_plugin.errors import InputError
 
 __all__ = ["DomainAUC", "MMDTest", "domain_auc", "mmd_test"]
@@ -41,8 +42,8 @@ class MMDTest:
 
 
 def mmd_test(
-    a: Tensor,
-    b: Tensor,
+    a: Rows,
+    b: Rows,
     *,
     permutations: int = 500,
     seed: int = 0,
@@ -140,7 +141,7 @@ class DomainAUC:
     rows: tuple[int, int]
 
 
-def domain_auc(a: Tensor, b: Tensor, *, folds: int = 5, seed: int = 0) -> DomainAUC:
+def domain_auc(a: Rows, b: Rows, *, folds: int = 5, seed: int = 0) -> DomainAUC:
     """Cross-validate a logistic regression that tells the rows of two sets apart.
 
     Args:

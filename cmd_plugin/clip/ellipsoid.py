@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.clip._checks import embeddings
+from cmd_plugin.clip._rows import Rows
 
 __all__ = ["Ellipsoid", "fit_ellipsoid"]
 
@@ -53,7 +54,7 @@ class Ellipsoid:
         return 1.0 - self.participation
 
 
-def fit_ellipsoid(x: Tensor) -> Ellipsoid:
+def fit_ellipsoid(x: Rows) -> Ellipsoid:
     """Measure the shape of a cloud of embeddings, of one modality.
 
     Args:

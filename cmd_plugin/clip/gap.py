@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.clip._checks import embeddings, pairs, same_width, unit
+from cmd_plugin.clip._rows import Rows
 from cmd_plugin.errors import InputError
 
 __all__ = [
@@ -32,7 +33,7 @@ Shift = Literal["both", "image", "text"]
 _BLOCK = 2048  # rows of a distance matrix at a time
 
 
-def separability(images: Tensor, texts: Tensor) -> Tensor:
+def separability(images: Rows, texts: Rows) -> Tensor:
     """How far apart a feature keeps the modalities, |m_i - m_t| / sqrt(var_i + var_t).
 
     Args:
@@ -55,7 +56,7 @@ def separability(images: Tensor, texts: Tensor) -> Tensor:
     return torch.where(apart > 0, apart / spread, 0.0)
 
 
-def separating_accuracy(images: Tensor, texts: Tensor) -> Tensor:
+def separating_accuracy(images: Rows, texts: Rows) -> Tensor:
     """Best balanced accuracy of one threshold on each feature at telling images from texts.
 
     Args:
@@ -105,7 +106,7 @@ class ModalityGap:
     text_cosine: float
 
 
-def modality_gap(images: Tensor, texts: Tensor) -> ModalityGap:
+def modality_gap(images: Rows, texts: Rows) -> ModalityGap:
     """Measure the gap between image and text embeddings of pairs.
 
     Args:
@@ -135,7 +136,7 @@ def modality_gap(images: Tensor, texts: Tensor) -> ModalityGap:
     )
 
 
-def alignment(images: Tensor, texts: Tensor) -> float:
+def alignment(images: Rows, texts: Rows) -> float:
     """Mean squared distance of the unit vectors of pairs, in [0, 4]; lower is closer (Wang, Isola).
 
     Args:
@@ -151,7 +152,7 @@ def alignment(images: Tensor, texts: Tensor) -> float:
     return float((unit(left, "images") - unit(right, "texts")).square().sum(dim=1).mean())
 
 
-def uniformity(x: Tensor, sharpness: float = 2.0) -> float:
+def uniformity(x: Rows, sharpness: float = 2.0) -> float:
     """Log of the mean of exp(-t ||u - u'||^2) over different rows; lower is more even.
 
     Wang and Isola (ICML 2020), equation 8, of unit vectors.
@@ -177,7 +178,7 @@ def uniformity(x: Tensor, sharpness: float = 2.0) -> float:
     return float(torch.stack(sums).logsumexp(dim=0)) - math.log(count * (count - 1))
 
 
-def shift_along_gap(images: Tensor, texts: Tensor, amount: float) -> tuple[Tensor, Tensor]:
+def shift_along_gap(images: Rows, texts: Rows, amount: float) -> tuple[Tensor, Tensor]:
     """Move both modalities along the gap and put them back on the sphere (Liang et al., sec. 5).
 
     Args:
@@ -203,7 +204,7 @@ def shift_along_gap(images: Tensor, texts: Tensor, amount: float) -> tuple[Tenso
 
 
 def shift_to_origin(
-    images: Tensor, texts: Tensor, alpha: float, shift: Shift = "both"
+    images: Rows, texts: Rows, alpha: float, shift: Shift = "both"
 ) -> tuple[Tensor, Tensor]:
     """Move each modality towards the origin: x - alpha * mean (Levi and Gilboa, section 6).
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.clip._checks import embeddings
+from cmd_plugin.clip._rows import Rows
 from cmd_plugin.errors import InputError
 
 __all__ = ["Normality", "normality"]
@@ -49,7 +50,7 @@ class Normality:
         return float((self.dagostino > _LEVEL).double().mean())
 
 
-def normality(x: Tensor, group_size: int | None = None, seed: int = 0) -> Normality:
+def normality(x: Rows, group_size: int | None = None, seed: int = 0) -> Normality:
     """Test each feature for normality.
 
     Args:

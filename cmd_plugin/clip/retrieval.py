@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.clip._checks import embeddings, same_width, unit
+from cmd_plugin.clip._rows import Rows
 from cmd_plugin.errors import InputError, ShapeError
 
 __all__ = ["ranks_of", "recall_at"]
@@ -16,7 +17,7 @@ _BLOCK = 1024
 
 
 def ranks_of(
-    queries: Tensor, gallery: Tensor, targets: Tensor | None = None, leave_out: Tensor | None = None
+    queries: Rows, gallery: Rows, targets: Tensor | None = None, leave_out: Tensor | None = None
 ) -> Tensor:
     """Rank of each query's target among the gallery by cosine: 1 is the nearest.
 
@@ -60,8 +61,8 @@ def ranks_of(
 
 
 def recall_at(
-    queries: Tensor,
-    gallery: Tensor,
+    queries: Rows,
+    gallery: Rows,
     k: Sequence[int] = (1, 5, 10),
     targets: Tensor | None = None,
     leave_out: Tensor | None = None,
