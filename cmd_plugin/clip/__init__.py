@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from cmd_plugin.clip.named_towers import load_tower as load_tower
     from cmd_plugin.clip.normality_tests import Normality as Normality
     from cmd_plugin.clip.normality_tests import normality as normality
+    from cmd_plugin.clip.normalization import NormalizationEffect as NormalizationEffect
+    from cmd_plugin.clip.normalization import normalization_effect as normalization_effect
     from cmd_plugin.clip.paths import slerp as slerp
     from cmd_plugin.clip.paths import slerp_circle as slerp_circle
     from cmd_plugin.clip.paths import vslerp as vslerp
@@ -65,6 +67,7 @@ _MODULES = {
     "MMDTest": "drift",
     "ModalityGap": "gap",
     "Normality": "normality_tests",
+    "NormalizationEffect": "normalization",
     "Preprocessing": "preprocessing",
     "SCORES": "row_scores",
     "Tower": "towers",
@@ -85,6 +88,7 @@ _MODULES = {
     "mmd_test": "drift",
     "modality_gap": "gap",
     "normality": "normality_tests",
+    "normalization_effect": "normalization",
     "nt_xent": "alpha",
     "ranks_of": "retrieval",
     "recall_at": "retrieval",

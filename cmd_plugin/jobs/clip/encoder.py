@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,15 @@ def find_tower(options: EncoderOptions, modality: Modality) -> Tower:
         MissingDependency: If its library is not installed.
     """
     check_accelerator(options.accelerator)
+    with _quiet_libraries():
+        tower = _build(options, modality)
+    tower.model.to(_device(options.accelerator))
+    if modality == "image":
+        tower.preprocessing = _sized(tower, options.image_size)
+    return tower
+
+
+def _build(options: EncoderOptions, modality: Modality) -> Tower:
     name, weights = options.model or "", options.weights
     folder = Path(name.removeprefix("transformers:")).expanduser()
     if folder.is_dir():
@@ -43,20 +55,26 @@ def find_tower(options: EncoderOptions, modality: Modality) -> Tower:
         )
     elif name.startswith("transformers:"):
         raise InputError(f"there is no folder {folder}: transformers models are saved in one.")
-    elif weights is None and not options.untrained:
+    if weights is None and not options.untrained:
         raise InputError(
             f"--model {name} is a network without weights: give a file of them by --weights, or "
             "--untrained to try the command with random ones."
         )
-    else:
-        if weights is not None and not Path(weights).is_file():
-            raise InputError(f"there is no file --weights {weights}: check the path.")
-        given = None if weights is None else str(weights)
-        tower = load_tower(name, modality, weights=given, seed=options.seed)
-    tower.model.to(_device(options.accelerator))
-    if modality == "image":
-        tower.preprocessing = _sized(tower, options.image_size)
-    return tower
+    if weights is not None and not Path(weights).is_file():
+        raise InputError(f"there is no file --weights {weights}: check the path.")
+    given = None if weights is None else str(weights)
+    return load_tower(name, modality, weights=given, seed=options.seed)
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep what libraries say of random weights, which were asked for, off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def describe_encoder(options: EncoderOptions, tower: Tower) -> dict[str, str]:

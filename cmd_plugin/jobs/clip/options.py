@@ -1,4 +1,4 @@
-"""The options of ``cmd-plugin clip fit``, ``score``, ``report``, ``merge``, ``compare``, ``align``."""
+"""The options of ``cmd-plugin clip fit``, ``score``, ``report``, ``merge`` and the others."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ class ReportOptions(EncoderOptions, WhiteningOptions, _Normalized):
     )
     shown: int = option(12, "Most and least likely images shown, each.", panel=_PAGE, at_least=0)
     most_pairs: int = option(
-        5000, "Pairs taken for retrieval and loss, at most.", panel=_PAGE, at_least=2
+        2000, "Pairs taken for retrieval and loss, at most.", panel=_PAGE, at_least=2
     )
 
 
@@ -299,7 +299,15 @@ class AlignOptions(EncoderOptions):
         panel=_INPUT,
     )
     shrinkage: str = option(
-        "auto",
+        "ledoit-wolf",
         "Of the whitening: none, oas, ledoit-wolf, a share from 0 to 1, or auto.",
         panel=_WHITENING,
     )
+    most_pairs: int = option(
+        2000, "Pairs that retrieval is tested on, at most.", panel=_TEST, at_least=20
+    )
+
+    def check_together(self) -> None:
+        """Refuse a shrinkage that is neither a name nor a share."""
+        super().check_together()
+        check_shrinkage(self.shrinkage)
