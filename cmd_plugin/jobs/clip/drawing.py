@@ -137,7 +137,7 @@ def draw_normalization(sets: Sequence[SetGeometry]) -> Figure | None:
     if not shown:
         return None
     with figure_style():
-        figure, panels = _panels(len(shown), 5.6)
+        figure, panels = _panels(len(shown), 8.4 if len(shown) == 1 else 5.6)
         for found, axes in zip(shown, panels, strict=True):
             effect = found.effect
             assert effect is not None
@@ -148,8 +148,6 @@ def draw_normalization(sets: Sequence[SetGeometry]) -> Figure | None:
                 xlabel="||y||² of raw rows, left out",
                 ylabel="||y||² of their directions, left out",
                 title=f"{found.name}s: rank correlation {effect.rank_correlation:.3f}",
-                xscale="log",
-                yscale="log",
             )
             axes.grid(alpha=0.3)
     return figure

@@ -49,11 +49,10 @@ def _build(options: EncoderOptions, modality: Modality) -> Tower:
             raise InputError(
                 f"the folder {folder} holds its own weights: leave out --weights and --untrained."
             )
-        known = (folder / _OPEN_CLIP).is_file()
-        tower = (
-            _saved(folder, modality) if known else load_tower(f"transformers:{folder}", modality)
-        )
-    elif name.startswith("transformers:"):
+        if (folder / _OPEN_CLIP).is_file():
+            return _saved(folder, modality)
+        return load_tower(f"transformers:{folder}", modality)
+    if name.startswith("transformers:"):
         raise InputError(f"there is no folder {folder}: transformers models are saved in one.")
     if weights is None and not options.untrained:
         raise InputError(
