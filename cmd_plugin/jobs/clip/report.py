@@ -11,7 +11,7 @@ from cmd_plugin.jobs.clip.geometry import PairGeometry, SetGeometry, measure_pai
 from cmd_plugin.jobs.clip.inputs import Rows
 from cmd_plugin.jobs.clip.options import ReportOptions
 from cmd_plugin.jobs.clip.page import STYLE, facts, section, table
-from cmd_plugin.runs.figures import png_bytes, save_figure, write_page
+from cmd_plugin.runs.figures import save_figure, write_page
 from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.process import own_threads
 from cmd_plugin.runs.result import Result
@@ -100,8 +100,9 @@ def _write(
 
     def add(name: str, figure: Figure | None) -> None:
         if figure is not None:
-            save_figure(figure, job.folder.path(f"{name}.png"), {"input": str(options.input)})
-            page.append(png_bytes(figure))
+            path = job.folder.path(f"{name}.png")
+            save_figure(figure, path, {"input": str(options.input)})
+            page.append(path.read_bytes())  # drawn once: drawing is what takes the time
 
     own = {name: one for name, one in found.items() if name != "pairs"}
     page += [section("Shape and likelihood", _shape_text(sets)), facts(own, _FACTS)]
