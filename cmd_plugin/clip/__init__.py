@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cmd_plugin.clip.alpha import alpha_curve as alpha_curve
     from cmd_plugin.clip.alpha import conformity_divergence as conformity_divergence
     from cmd_plugin.clip.alpha import nt_xent as nt_xent
+    from cmd_plugin.clip.conditional import ConditionalWhitening as ConditionalWhitening
     from cmd_plugin.clip.conformities import ConformityEstimate as ConformityEstimate
     from cmd_plugin.clip.conformities import conformity as conformity
     from cmd_plugin.clip.conformities import conformity_to as conformity_to
@@ -59,6 +60,7 @@ _MODULES = {
     "ALPHAS": "alpha",
     "Alignment": "align",
     "AlphaCurve": "alpha",
+    "ConditionalWhitening": "conditional",
     "ConformityEstimate": "conformities",
     "DomainAUC": "drift",
     "Ellipsoid": "ellipsoid",

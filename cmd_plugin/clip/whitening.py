@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,10 +20,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cmd_plugin.clip._estimation import (
+    Spectrum,
+    estimate,
+    gather,
+    replace_correlated,
+    scores_without,
+)
 from cmd_plugin.clip._rows import Rows, check_rows, row_blocks
-from cmd_plugin.clip._shrinkage import Shrinkage, check_shrinkage, fourth_without, ledoit_wolf, oas
+from cmd_plugin.clip._shrinkage import Shrinkage, check_shrinkage
 from cmd_plugin.clip.statistics import GaussianStatistics, Normalize
 from cmd_plugin.errors import InputError, ShapeError
+from cmd_plugin.kernels.mahalanobis import mahalanobis
 from cmd_plugin.runs.tensors import Schema
 
 __all__ = ["Basis", "Whitening"]
@@ -34,8 +41,6 @@ Basis = Literal["pca", "zca", "cholesky"]
 _SCHEMA = Schema("whitening", 1, "a Whitening")
 _BLOCK = 16384  # rows scored at once
 _REFERENCE = 16384  # reference scores kept at most
-_CORRELATED = 0.9  # above which the released code replaces the later of two features
-_ENOUGH = 10  # rows a feature, from which on a covariance is taken as it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,51 +134,31 @@ class Whitening:
             raise InputError(f"floor must be in [0, 1), got {floor}.")
         mean = None
         if legacy_noise:
-            x, mean = _replace_correlated(x)
-        statistics = _statistics(x, normalize, about)
-        rows, dim = statistics.rows, statistics.dim
-        if rank is not None and not 1 <= rank <= dim:
-            raise InputError(f"rank must be in 1..{dim}, the number of features, got {rank}.")
-        kept = dim if rank is None else rank
-        kind = _choose(shrinkage, rows, dim, kept)
-        _warn_of_unit_norms(statistics)
-        central = statistics.central()
-        values, vectors = torch.linalg.eigh(central["second"].cpu() / (rows - 1))
-        values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-        third, fourth = central["third"].cpu(), float(central["fourth"])
-        intensity = float(shrinkage) if kind == "given" else 0.0
-        if kind in ("oas", "ledoit-wolf"):
-            scaled = values * ((rows - 1) / rows)
-            moments = (scaled.sum(), scaled.square().sum())
-            intensity = float(
-                _intensity(kind, rows, dim, *moments, torch.tensor(fourth, dtype=torch.float64))
-            )
-        variances = _shrunk(values, intensity)[:kept]
-        lowest = float(variances[0]) * floor
-        if float(variances[0]) <= 0.0 or (floor == 0.0 and float(variances[-1]) <= 0.0):
+            x, mean = replace_correlated(x)
+        statistics = gather(x, normalize, about)
+        if rank is not None and not 1 <= rank <= statistics.dim:
             raise InputError(
-                "the features have directions without any variance: set a floor, a rank or "
-                "shrinkage, or look whether all rows are equal."
+                f"rank must be in 1..{statistics.dim}, the number of features, got {rank}."
             )
-        # A shrunk spectrum may have its floor above what rounding leaves, and none is raised then.
-        floored = int((variances < lowest).sum())
+        spectrum = estimate(statistics, shrinkage, floor, rank)
         fitted = cls(
             mean=statistics.mean.cpu() if mean is None else mean,
-            vectors=_fix_signs(vectors[:, :kept]),
-            variances=variances.clamp_min(lowest),
-            eigenvalues=values,
-            rank=kept,
-            rows=rows,
+            vectors=spectrum.vectors,
+            variances=spectrum.variances,
+            eigenvalues=spectrum.eigenvalues,
+            rank=len(spectrum.variances),
+            rows=spectrum.rows,
             basis=basis,
-            shrinkage=kind,
-            intensity=intensity,
-            floored=floored,
+            shrinkage=spectrum.shrinkage,
+            intensity=spectrum.intensity,
+            floored=spectrum.floored,
             normalize=statistics.normalize,
             about=dict(statistics.about if about is None else about),
-            _third=third if mean is None else None,
-            _fourth=fourth,
+            # Where features were replaced, the rows of the fit are others than those given.
+            _third=spectrum.third if mean is None else None,
+            _fourth=spectrum.fourth,
         )
-        if isinstance(x, GaussianStatistics) or mean is not None or not fitted.leaves_one_out:
+        if isinstance(x, GaussianStatistics) or not fitted.leaves_one_out:
             return fitted
         return fitted.calibrate(x)
 
@@ -222,7 +207,11 @@ class Whitening:
         Raises:
             ShapeError: If they are not floating [N, d].
         """
-        return self._by_blocks(x, lambda centred: centred @ self.matrix.to(centred))
+        return self._by_blocks(x, self._coordinates)
+
+    def _coordinates(self, rows: Tensor) -> Tensor:
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        return (rows.to(wide) - self.mean.to(rows.device, wide)) @ self.matrix.to(rows.device, wide)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return the rows whose coordinates are y: :meth:`transform` backwards.
@@ -248,7 +237,8 @@ class Whitening:
 
     @cached_property
     def _inverse_matrix(self) -> Tensor:
-        return torch.linalg.inv(self.matrix)
+        inverse: Tensor = torch.linalg.inv(self.matrix)
+        return inverse
 
     def squared_norm(self, x: Rows) -> Tensor:
         r"""Return :math:`\lVert y \rVert^2` of every row, [N]: the squared Mahalanobis distance.
@@ -264,8 +254,10 @@ class Whitening:
         """
         return self._by_blocks(x, self._norms)
 
-    def _norms(self, centred: Tensor) -> Tensor:
-        return (centred @ self.triangle.to(centred)).square().sum(dim=1)
+    def _norms(self, rows: Tensor) -> Tensor:
+        mean, triangle = self.mean.to(rows.device), self.triangle.to(rows.device)
+        squared = mahalanobis(rows, mean, triangle, triangular=True)
+        return torch.where(squared.isfinite(), squared, torch.nan)
 
     def log_likelihood(self, x: Rows) -> Tensor:
         r"""Return :math:`-(r \log 2 \pi + \lVert y \rVert^2) / 2` of every row, [N].
@@ -320,41 +312,25 @@ class Whitening:
             InputError: If the rows of the fit are unknown or too few.
             ShapeError: If they are not floating [N, d].
         """
-        third = self._third
-        if third is None or not self.leaves_one_out:
+        if self._third is None or not self.leaves_one_out:
             raise InputError(
-                f"without one of {self.rows} rows there is no fit of rank {self.rank}: give "
-                "it more rows, shrinkage or a smaller rank."
+                f"there is no fit of rank {self.rank} without one of its {self.rows} rows: fit to "
+                "features or statistics, with more rows, shrinkage or a smaller rank."
             )
-        return self._by_blocks(x, lambda z: self._without(z, third), torch.float64)
-
-    def _without(self, z: Tensor, third: Tensor) -> Tensor:
-        n, dim = self.rows, self.dim
-        values, vectors = self.eigenvalues.to(z.device), self.vectors.to(z.device)
-        along = (z @ vectors).square()
-        size = z.square().sum(dim=1)
-        # Sample covariance without the row: scale * S - weight * z z^T.
-        scale, weight = (n - 1) / (n - 2), n / ((n - 1) * (n - 2))
-        trace = scale * values.sum() - weight * size
-        intensity = torch.full_like(size, self.intensity)
-        if self.shrinkage in ("oas", "ledoit-wolf") and len(self.variances) == dim:
-            form = along @ values
-            energy = scale**2 * values.square().sum() - 2 * scale * weight * form
-            energy = energy + (weight * size).square()
-            fourth = fourth_without(
-                n, size, (n - 1) * values.sum(), (n - 1) * form, z @ third.to(z), self._fourth
-            )
-            ratio = (n - 2) / (n - 1)  # their intensities are of covariances divided by N
-            moments = (trace * ratio, energy * ratio**2)
-            intensity = _intensity(self.shrinkage, n - 1, dim, *moments, fourth)
-        raw = values[: len(self.variances)]
-        extra = self.variances.to(z.device) - _shrunk(values, self.intensity)[: len(raw)]
-        keep = (1 - intensity)[:, None]
-        diagonal = keep * (scale * raw) + (intensity * trace / dim)[:, None] + extra
-        # Sherman and Morrison, for the row that left; its distance to the mean grew as well.
-        distance = (along / diagonal).sum(dim=1)
-        distance = distance / (1 - keep[:, 0] * weight * distance)
-        return distance * (n / (n - 1)) ** 2
+        spectrum = Spectrum(
+            self.eigenvalues,
+            self.vectors,
+            self.variances,
+            self.shrinkage,
+            self.intensity,
+            self.floored,
+            self.rows,
+            self._third,
+            self._fourth,
+        )
+        return self._by_blocks(
+            x, lambda rows: scores_without(rows.double() - self.mean.to(rows.device), spectrum)
+        )
 
     def calibrate(self, x: Rows, *, held_out: bool = False) -> Whitening:
         """Return this whitening with a reference for :meth:`percentile`.
@@ -460,101 +436,19 @@ class Whitening:
         if not 1 <= self.rank <= kept <= dim or not bool((self.variances > 0).all()):
             raise ShapeError("its rank or variances are impossible.")
 
-    def _by_blocks(
-        self, x: Rows, work: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def _by_blocks(self, x: Rows, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the results of ``work`` on blocks of rows, normalised as those of the fit."""
         check_rows(x, self.dim)
-        done = []
-        for block in row_blocks(x, _BLOCK):
-            narrow = torch.float64 if block.dtype == torch.float64 else torch.float32
-            rows = block.to(dtype or narrow)
-            if self.normalize == "l2":
-                rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-            done.append(work(rows - self.mean.to(rows)))
-        if not done:
-            raise ShapeError("there are no rows to score.")
-        return torch.cat(done)
+        done = [work(self._normalised(block)) for block in row_blocks(x, _BLOCK)]
+        return torch.cat(done) if done else work(torch.empty(0, self.dim))
+
+    def _normalised(self, rows: Tensor) -> Tensor:
+        if self.normalize == "raw":
+            return rows
+        wide = rows if rows.dtype == torch.float64 else rows.float()
+        norm: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        return wide / norm
 
 
 _TENSORS = ("mean", "vectors", "variances", "eigenvalues")
 _NUMBERS = ("rank", "rows", "basis", "shrinkage", "intensity", "floored", "normalize")
-
-
-def _statistics(
-    x: Rows | GaussianStatistics,
-    normalize: Normalize | None,
-    about: Mapping[str, str] | None,
-) -> GaussianStatistics:
-    if isinstance(x, GaussianStatistics):
-        if normalize not in (None, x.normalize):
-            raise InputError(
-                f"the statistics were gathered with normalize={x.normalize!r}, not {normalize!r}."
-            )
-        return x
-    check_rows(x)
-    statistics = GaussianStatistics(x.shape[1], normalize=normalize or "raw", about=about)
-    statistics.update(x)
-    return statistics
-
-
-def _replace_correlated(x: Rows | GaussianStatistics) -> tuple[Tensor, Tensor]:
-    """Return features as the released code fits them, and the mean of those they were."""
-    if isinstance(x, GaussianStatistics):
-        raise InputError("legacy_noise needs the features themselves, not their statistics.")
-    check_rows(x)
-    wide = torch.cat([block.double() for block in row_blocks(x, _BLOCK)])
-    wide = wide[wide.isfinite().all(dim=1)]
-    later = (torch.corrcoef(wide.T).triu(diagonal=1) > _CORRELATED).any(dim=0)
-    noise = torch.randn(wide.shape, generator=torch.Generator().manual_seed(0), dtype=wide.dtype)
-    return torch.where(later, 0.1 * noise, wide), wide.mean(dim=0)
-
-
-def _choose(shrinkage: Shrinkage, rows: int, dim: int, kept: int) -> str:
-    """Return the kind of shrinkage, or refuse: a covariance of too few rows has no inverse."""
-    if not isinstance(shrinkage, str):
-        kind = "given" if shrinkage > 0 else "none"
-    elif shrinkage == "auto":
-        kind = "none"
-        if rows < _ENOUGH * dim:
-            kind = "oas"
-            warnings.warn(
-                f"{rows} rows are less than {_ENOUGH} for each of {dim} features: the covariance "
-                "is shrunk (OAS); shrinkage='none' takes it as it is.",
-                stacklevel=3,
-            )
-    else:
-        kind = shrinkage
-    needed = kept + 3 if kind == "none" else 2
-    if rows < needed:
-        raise InputError(
-            f"{rows} rows are too few for {kept} directions without shrinkage: give at least "
-            f"{needed}, a smaller rank, or shrinkage='auto'."
-        )
-    return kind
-
-
-def _intensity(
-    kind: str, rows: int, dim: int, trace: Tensor, energy: Tensor, fourth: Tensor
-) -> Tensor:
-    if kind == "oas":
-        return oas(rows, dim, trace, energy)
-    return ledoit_wolf(rows, dim, trace, energy, fourth)
-
-
-def _shrunk(values: Tensor, intensity: float) -> Tensor:
-    return (1.0 - intensity) * values + intensity * values.mean()
-
-
-def _fix_signs(vectors: Tensor) -> Tensor:
-    """Turn each column so that its entry of largest size is positive."""
-    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
-
-
-def _warn_of_unit_norms(statistics: GaussianStatistics) -> None:
-    if statistics.normalize == "raw" and abs(statistics.mean_norm - 1.0) < 1e-3:
-        warnings.warn(
-            "the features look L2-normalised (mean norm 1): the likelihood is one of raw "
-            "features, before normalisation.",
-            stacklevel=3,
-        )

@@ -132,6 +132,15 @@ def exercise_points(dtype: torch.dtype) -> None:
     kernels.curve_walk(table, start, 512, seed=2**40, backend="triton")
 
 
+def exercise_rows(dtype: torch.dtype) -> None:
+    """Call every kernel that reads rows of features."""
+    for columns, triangular in ((768, True), (700, True), (768, False)):
+        matrix = torch.zeros(768, columns)
+        kernels.mahalanobis(
+            torch.zeros(1000, 768, dtype=dtype), matrix[:, 0], matrix, triangular=triangular
+        )
+
+
 @triton.jit
 def _racing(values, flags, sums, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
     """Sum the flagged values and zero them: a warp may zero what another has yet to load."""
@@ -158,6 +167,8 @@ def main() -> None:
         exercise(dtype, shrink)
     for dtype in (torch.float32, torch.float64):
         exercise_points(dtype)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        exercise_rows(dtype)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def test_every_shipped_kernel_compiles_for_capability_80_and_90(
         "farthest_point_sampling",
         "fold_gradients",
         "knn",
+        "mahalanobis",
         "reconstruct",
         "select_smallest",
         "snapshot_delta",
