@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 _CHUNK = 65536  # rows in float64 at a time
+_ROUNDING = 1e-14  # of a cosine
 
 
 def unit_mean(x: Rows) -> Tensor:
@@ -153,7 +154,7 @@ def estimate_conformity(x: Rows) -> ConformityEstimate:
     exact = (len(x) * with_self - 1.0) / (len(x) - 1)
     cosine = units @ (raw / raw.norm())
     c, s = exact - exact.mean(), cosine - cosine.mean()
-    if c.norm() == 0 or s.norm() == 0:
+    if min(float(c.abs().max()), float(s.abs().max())) < _ROUNDING:
         raise InputError("all rows of x are equally common: there is nothing to regress on.")
     slope, inverse = float(c @ s / (s @ s)), float(c @ s / (c @ c))
     scale = float(raw.norm() / norms.mean())
