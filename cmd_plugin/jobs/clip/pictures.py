@@ -39,10 +39,8 @@ def find_images(path: Path) -> Listing:
     labels = [file.label for file in listing.files]
     listing = listing.select(sorted(range(len(labels)), key=lambda i: natural_key(labels[i])))
     if not listing.files:
-        reason = f" ({listing.skipped[0].name} {listing.skipped[0].reason})"
-        raise InputError(
-            f"{path} holds no images{reason if listing.skipped else ''}: check the path."
-        )
+        reason = "".join(f" ({item.name} {item.reason})" for item in listing.skipped[:1])
+        raise InputError(f"{path} holds no images{reason}: check the path.")
     return listing
 
 
