@@ -299,8 +299,9 @@ class AlignOptions(EncoderOptions):
         panel=_INPUT,
     )
     shrinkage: str = option(
-        "ledoit-wolf",
-        "Of the whitening: none, oas, ledoit-wolf, a share from 0 to 1, or auto.",
+        "0.7",
+        "Of the whitening: a share from 0 to 1, none, oas, ledoit-wolf or auto. Weak shrinkage "
+        "spreads rare directions, which costs search in one modality.",
         panel=_WHITENING,
     )
     most_pairs: int = option(
