@@ -101,7 +101,7 @@ def show_compare(result: Result) -> None:
         data = result.data[name]
         norm = found["mean_norm"][name]
         console.print(f"{name}: {data['rows']:,} {data['kind']}, mean norm {norm:.3f}")
-    verdict = "differ" if found["alarm"] else "no difference found"
+    verdict = "they differ" if found["alarm"] else "no difference found"
     console.print(
         f"permutation test: p = {found['p_value']:.4f}, squared MMD {found['mmd']:.2e} "
         f"(level {result.options['level']:g}): {verdict}"
@@ -116,7 +116,7 @@ def show_align(result: Result) -> None:
     console.print(f"{data['rows']:,} pairs; tested on halves of {sizes}, fitted on the other half")
     titles = {
         "text_to_image": "Texts look for their image",
-        "image_to_text": "Images for their text",
+        "image_to_text": "Images look for their text",
     }
     for direction, title in titles.items():
         table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)

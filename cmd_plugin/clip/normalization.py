@@ -60,7 +60,7 @@ def normalization_effect(
             wide,
             shrinkage=shrinkage,
             floor=floor,
-            normalize=normalize,  # type: ignore[arg-type]
+            normalize=normalize,
         ).leave_one_out(wide)
         for normalize in ("raw", "l2")
     )

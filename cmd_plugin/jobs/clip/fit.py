@@ -12,8 +12,8 @@ from cmd_plugin.jobs.clip.fitting import (
     fit_whitening,
     gather,
 )
-from cmd_plugin.jobs.clip.inputs import Rows, shard_of
-from cmd_plugin.jobs.clip.options import FitOptions
+from cmd_plugin.jobs.clip.inputs import Rows
+from cmd_plugin.jobs.clip.options import FitOptions, shard_of
 from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.process import own_threads
 from cmd_plugin.runs.result import Result

@@ -8,7 +8,7 @@ are. So there is one reader, and no row is encoded twice.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import InputError, ShapeError
-from cmd_plugin.runs.files import read_json, write_json
+from cmd_plugin.runs.files import write_json
 
-__all__ = ["EmbeddingFile", "Rows", "is_embeddings", "open_embeddings", "shard_of", "write_about"]
+__all__ = ["EmbeddingFile", "Rows", "is_embeddings", "open_embeddings", "write_about"]
 
 _ENDINGS = (".npy", ".safetensors")
 _PAIR = (("image", "text"), ("image_embeds", "text_embeds"), ("images", "texts"))
@@ -160,19 +160,7 @@ def open_embeddings(path: str | Path) -> EmbeddingFile:
     return EmbeddingFile(path, tuple(_with_about(path, parts)))
 
 
-def shard_of(text: str) -> tuple[int, int]:
-    """Return number and count of a shard written as ``2/8``.
-
-    Raises:
-        InputError: If it is written otherwise, or there is no such one.
-    """
-    number, _, count = text.partition("/")
-    if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
-        return int(number), int(count)
-    raise InputError(f"--shard is written NUMBER/COUNT, from 1/COUNT on, as 2/8, got {text!r}.")
-
-
-def write_about(path: Path, names: dict[str, list[str]], about: dict[str, str]) -> None:
+def write_about(path: Path, names: Mapping[Any, Sequence[str]], about: Mapping[str, str]) -> None:
     """Write what the rows of a file of embeddings are, beside it.
 
     Args:
@@ -180,7 +168,7 @@ def write_about(path: Path, names: dict[str, list[str]], about: dict[str, str]) 
         names: Names of the rows by modality.
         about: What is known of the encoder.
     """
-    write_json(path, {"schema": _SCHEMA, "about": about, "names": names})
+    write_json(path, {"schema": _SCHEMA, "about": dict(about), "names": dict(names)})
 
 
 def _with_about(path: Path, parts: list[Rows]) -> list[Rows]:
@@ -194,18 +182,8 @@ def _with_about(path: Path, parts: list[Rows]) -> list[Rows]:
         return parts  # it is somebody else's
     if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
         return parts
-    content = read_json(beside, "encode the images or captions again")
     names, about = content.get("names"), content.get("about")
-    fits = (
-        isinstance(names, dict)
-        and isinstance(about, dict)
-        and len(names) == len(parts)
-        and all(
-            isinstance(texts, list) and len(texts) == len(rows)
-            for rows, texts in zip(parts, names.values(), strict=True)
-        )
-    )
-    if not fits:
+    if not (isinstance(names, dict) and isinstance(about, dict) and _fits(names, parts)):
         raise InputError(
             f"{beside} does not belong to {path}, or is damaged: encode the images or captions "
             "again, or move it away."
@@ -214,6 +192,14 @@ def _with_about(path: Path, parts: list[Rows]) -> list[Rows]:
         replace(rows, modality=modality, names=tuple(map(str, texts)), about=_plain(about))
         for rows, (modality, texts) in zip(parts, names.items(), strict=True)
     ]
+
+
+def _fits(names: dict[Any, Any], parts: list[Rows]) -> bool:
+    """Whether each set of rows has a name for each."""
+    return len(names) == len(parts) and all(
+        isinstance(texts, list) and len(texts) == len(rows)
+        for rows, texts in zip(parts, names.values(), strict=True)
+    )
 
 
 def _plain(about: dict[Any, Any]) -> dict[str, str]:

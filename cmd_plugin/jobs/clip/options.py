@@ -18,6 +18,7 @@ __all__ = [
     "ReportOptions",
     "ScoreOptions",
     "WhiteningOptions",
+    "shard_of",
 ]
 
 _INPUT = "Input"
@@ -129,6 +130,18 @@ def check_shrinkage(text: str) -> None:
         )
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """Return number and count of a shard written as ``2/8``.
+
+    Raises:
+        InputError: If it is written otherwise, or there is no such one.
+    """
+    number, _, count = text.partition("/")
+    if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    raise InputError(f"--shard is written NUMBER/COUNT, from 1/COUNT on, as 2/8, got {text!r}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Normalized(JobOptions):
     normalize: str = option(
@@ -161,6 +174,12 @@ class FitOptions(EncoderOptions, WhiteningOptions, _Normalized):
     shard: str | None = option(
         None, "Only this part of the input, as 2/8; merge makes one of all.", panel=_INPUT
     )
+
+    def check_together(self) -> None:
+        """Refuse a shard that there is not."""
+        super().check_together()
+        if self.shard is not None:
+            shard_of(self.shard)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from cmd_plugin.errors import InputError, ShapeError
-from cmd_plugin.jobs.clip.inputs import open_embeddings, shard_of, write_about
+from cmd_plugin.jobs.clip.inputs import open_embeddings, write_about
+from cmd_plugin.jobs.clip.options import shard_of
 
 
 @pytest.mark.parametrize("kind", ["<f2", "<f4", "<f8", ">f4", ">f8", "columns"])
