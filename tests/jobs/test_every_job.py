@@ -106,7 +106,7 @@ IDS = [case.name for case in CASES]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What commands read: checkpoints, a cloud and a network for it, embeddings and fits of them."""
+    """What commands read: checkpoints, a cloud with a network, embeddings with their fits."""
     folder = tmp_path_factory.mktemp("inputs")
     draw = torch.Generator().manual_seed(0)
     weights = torch.randn(40, generator=draw)
