@@ -19,11 +19,13 @@ NAMES = {
 METHODS = {"modes", "pointcloud", "diffusion", "clip", "distinction"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 PICTURES = {"matplotlib", "plotly"}
+TOWERS = {"open_clip", "transformers"}
 LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh"}
 
 # What must not come along with any name of a room.
 FORBIDDEN = {
     "cmd_plugin.callbacks": {"flwr", *PICTURES, *LATE},
+    "cmd_plugin.clip": {"flwr", *LIGHTNING, *PICTURES, *LATE, *TOWERS, "modes", "pointcloud"},
     "cmd_plugin.data": {"flwr", *LIGHTNING, *PICTURES, *METHODS, "torchvision", "timm"},
     "cmd_plugin.errors": {"torch", "numpy"},
     "cmd_plugin.federated": {*LIGHTNING, *PICTURES, *LATE, "pointcloud"},
