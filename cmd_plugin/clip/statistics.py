@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from cmd_plugin.clip._rows import Rows, check_rows, row_blocks
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.runs.tensors import Schema
 
-__all__ = ["Gaussian", "GaussianStatistics", "Normalize"]
+__all__ = ["Gaussian", "GaussianStatistics", "Normalize", "sums_over", "sums_size"]
 
 Normalize = Literal["raw", "l2"]
 
@@ -76,10 +77,7 @@ class GaussianStatistics:
         self.dim, self.normalize = dim, normalize
         self.about = dict(about or {})
         self.rows = self.skipped = 0
-        self._sums = {
-            name: torch.zeros(shape, dtype=torch.float64, device=device)
-            for name, shape in _shapes(dim).items()
-        }
+        self._sums = sums_over(torch.zeros(sums_size(dim), dtype=torch.float64, device=device), dim)
 
     def update(self, x: Rows) -> None:
         """Take rows in.
@@ -125,6 +123,22 @@ class GaussianStatistics:
         sums["third"].addmv_(y.T, square)
         sums["fourth"] += square.dot(square)
 
+    @classmethod
+    def over(cls, state: Tensor, dim: int, *, normalize: Normalize = "raw") -> GaussianStatistics:
+        """Return statistics whose sums are kept in a vector of somebody else's.
+
+        Args:
+            state: [2 + :func:`sums_size`] float64: rows, skipped, sums. The sums are updated in
+                place; the first two numbers are not.
+            dim: Number of features d.
+            normalize: As of the class.
+        """
+        statistics = cls(1, normalize=normalize)
+        statistics.dim = dim
+        statistics.rows, statistics.skipped = int(state[0]), int(state[1])
+        statistics._sums = sums_over(state[2:], dim)
+        return statistics
+
     def merge(self, other: GaussianStatistics) -> None:
         """Take in the rows of other statistics; neither order nor grouping matters.
 
@@ -140,12 +154,11 @@ class GaussianStatistics:
         device = self._sums["shift"].device
         taken = {name: value.to(device) for name, value in other._sums.items()}
         if not self.rows:
-            self._sums = {name: value.clone() for name, value in taken.items()}
-        else:
-            moved = _about_shift(other.rows, taken, self._sums["shift"])
-            for name, value in self._sums.items():
-                if name != "shift":
-                    value += moved[name]
+            self._sums["shift"].copy_(taken["shift"])
+        moved = _about_shift(other.rows, taken, self._sums["shift"])
+        for name, value in self._sums.items():
+            if name != "shift":
+                value += moved[name]
         self.rows += other.rows
 
     @property
@@ -235,8 +248,8 @@ class GaussianStatistics:
             if not bool(value.isfinite().all()) or (name == "counts" and bool((value < 0).any())):
                 raise StateMismatch(f"the state's {name} holds impossible values.")
         self.rows, self.skipped = state["counts"].tolist()
-        device = self._sums["shift"].device
-        self._sums = {name: state[name].to(device, copy=True) for name in self._sums}
+        for name, value in self._sums.items():
+            value.copy_(state[name])
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file.
@@ -275,6 +288,18 @@ def _shapes(dim: int) -> dict[str, tuple[int, ...]]:
         "units": (dim,),
         "norms": (),
     }
+
+
+def sums_size(dim: int) -> int:
+    """Return how many numbers the sums over rows of ``dim`` features are."""
+    return sum(math.prod(shape) for shape in _shapes(dim).values())
+
+
+def sums_over(flat: Tensor, dim: int) -> dict[str, Tensor]:
+    """Return the sums by name, each a view of its part of ``flat`` [:func:`sums_size`] float64."""
+    shapes = _shapes(dim)
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
 
 def _about_shift(rows: int, sums: Mapping[str, Tensor], shift: Tensor) -> dict[str, Tensor]:

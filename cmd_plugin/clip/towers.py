@@ -49,9 +49,9 @@ class Tower:
     modality: Modality
     library: str
     name: str
+    _call: Callable[[Any], Any] = field(repr=False)
     preprocessing: Preprocessing | None = None
     tokenizer: Callable[..., Any] | None = None
-    _call: Callable[[Any], Any] = field(repr=False, default=lambda x: x)
     _warned: bool = field(repr=False, default=False)
 
     @property
@@ -170,8 +170,8 @@ def image_tower(
         "image",
         library,
         name or _name(model),
+        call,
         preprocessing=preprocessing or _preprocessing(model, library),
-        _call=call,
     )
 
 
@@ -203,8 +203,8 @@ def text_tower(
         "text",
         library,
         name or _name(model),
+        call,
         tokenizer=tokenizer,
-        _call=call,
     )
 
 
