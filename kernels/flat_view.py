@@ -129,8 +129,22 @@ class FlatView:
         return self._tensors
 
     def empty_like(self) -> FlatView:
-        """Return a view of new, uninitialised tensors of the same shapes, dtypes and strides."""
-        return FlatView([torch.empty_like(t) for t in self._tensors], self.block, self.dtype)
+        """Return a view of new, uninitialised tensors of the same shapes, dtypes and strides.
+
+        Those of one dtype lie behind one another in one piece of memory, each at a place that 16
+        divides. (Where strides leave gaps or overlap, a tensor is made contiguous.)
+        """
+        room: dict[torch.dtype, int] = {}
+        for tensor in self._tensors:
+            room[tensor.dtype] = room.get(tensor.dtype, 0) + _padded(tensor.numel())
+        memory = {d: torch.empty(n, dtype=d, device=self.device) for d, n in room.items()}
+        made: list[Tensor] = []
+        for tensor in self._tensors:
+            flat = memory[tensor.dtype][: tensor.numel()]
+            memory[tensor.dtype] = memory[tensor.dtype][_padded(tensor.numel()) :]
+            strides = torch.empty_like(tensor, device="meta").stride()
+            made.append(flat.as_strided(tensor.shape, strides))
+        return FlatView(made, self.block, self.dtype)
 
     def pointer_table(self, beside: FlatView | None = None) -> PointerTable:
         """Return where every block of weights lies, for kernels that read all of them at once.
@@ -338,6 +352,11 @@ def _sum_of_squares(tensors: Sequence[Tensor]) -> float:
     norms = [*torch._foreach_norm(full)] if full else []
     norms += torch._foreach_norm(half, dtype=torch.float32) if half else []
     return float(torch.stack([norm.double() for norm in norms]).square().sum()) if norms else 0.0
+
+
+def _padded(numel: int) -> int:
+    """Return the next number that 16 divides."""
+    return numel + -numel % 16
 
 
 def _write(target: Tensor, values: Tensor, mask: Tensor | None) -> None:
