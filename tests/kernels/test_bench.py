@@ -46,7 +46,7 @@ def test_one_row_a_kernel() -> None:
         assert row["backend"] == "torch" == last_backend(row["kernel"])
         assert row["gbps"] == pytest.approx(row["bytes_per_weight"] * 3e-6 / row["seconds"])
         assert row["fraction_of_copy"] == pytest.approx(row["gbps"] / row["copy_gbps"])
-        assert row["fastest_of_copy"] >= row["fraction_of_copy"]
+        assert row["fastest_of_copy"] >= row["fraction_of_copy"] * (1 - 1e-9)
         assert row["speedup_vs_eager"] == pytest.approx(row["eager_seconds"] / row["seconds"])
         assert row["speedup_vs_compile"] is None
         assert math.isfinite(row["max_error"])
