@@ -17,11 +17,18 @@ from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
     from cmd_plugin.callbacks.cmd import CMDCallback as CMDCallback
+    from cmd_plugin.callbacks.embedding_geometry import (
+        EmbeddingGeometryMonitor as EmbeddingGeometryMonitor,
+    )
     from cmd_plugin.callbacks.point_importance import (
         PointImportanceMonitor as PointImportanceMonitor,
     )
 
-_MODULES = {"CMDCallback": "cmd", "PointImportanceMonitor": "point_importance"}
+_MODULES = {
+    "CMDCallback": "cmd",
+    "EmbeddingGeometryMonitor": "embedding_geometry",
+    "PointImportanceMonitor": "point_importance",
+}
 
 __all__ = list(_MODULES)
 
