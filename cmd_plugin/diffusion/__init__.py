@@ -1,0 +1,30 @@
+"""What a diffusion model has memorised, and whether an image was made by one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cmd_plugin._face import lazy_face
+
+if TYPE_CHECKING:
+    from cmd_plugin.diffusion.directions import sphere_directions as sphere_directions
+    from cmd_plugin.diffusion.laplace import Flux as Flux
+    from cmd_plugin.diffusion.laplace import p_laplace as p_laplace
+    from cmd_plugin.diffusion.references import lid_flipd as lid_flipd
+    from cmd_plugin.diffusion.references import p_laplace_exact as p_laplace_exact
+    from cmd_plugin.diffusion.schedules import NoiseSchedule as NoiseSchedule
+    from cmd_plugin.diffusion.score_model import ScoreModel as ScoreModel
+
+_MODULES = {
+    "Flux": "laplace",
+    "NoiseSchedule": "schedules",
+    "ScoreModel": "score_model",
+    "lid_flipd": "references",
+    "p_laplace": "laplace",
+    "p_laplace_exact": "references",
+    "sphere_directions": "directions",
+}
+
+__all__ = list(_MODULES)
+
+__getattr__, __dir__ = lazy_face(__name__, _MODULES)
