@@ -7,6 +7,9 @@ The command line turns :class:`InputError` into exit code 2; anything else is a 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+from pathlib import Path
 from types import ModuleType
 
 __all__ = [
@@ -54,6 +57,7 @@ def require(module: str, extra: str) -> ModuleType:
     Raises:
         MissingDependency: If the module is not installed.
     """
+    _hide_own_kernels()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -63,3 +67,17 @@ def require(module: str, extra: str) -> ModuleType:
             f'{module!r} is needed here but not installed: run pip install "cmd-plugin[{extra}]".'
         )
         raise MissingDependency(message) from error
+
+
+def _hide_own_kernels() -> None:
+    """Keep transformers from importing this repository's folder ``kernels``.
+
+    It asks whether a package of that name is installed. In a checkout that is the current folder,
+    ours is found, and its guard against exactly this import would break theirs.
+    """
+    if "kernels" in sys.modules:
+        return
+    found = importlib.util.find_spec("kernels")
+    ours = Path(__file__).with_name("kernels") / "__init__.py"
+    if found is not None and found.origin and Path(found.origin).resolve() == ours.resolve():
+        sys.modules["kernels"] = None  # type: ignore[assignment]

@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING
 from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
+    from cmd_plugin.diffusion.codecs import LatentCodec as LatentCodec
+    from cmd_plugin.diffusion.codecs import PixelCodec as PixelCodec
     from cmd_plugin.diffusion.directions import sphere_directions as sphere_directions
     from cmd_plugin.diffusion.laplace import Flux as Flux
     from cmd_plugin.diffusion.laplace import p_laplace as p_laplace
+    from cmd_plugin.diffusion.memorization import MemorizationReport as MemorizationReport
+    from cmd_plugin.diffusion.memorization import MemorizationScore as MemorizationScore
+    from cmd_plugin.diffusion.memorization import separate as separate
     from cmd_plugin.diffusion.references import lid_flipd as lid_flipd
     from cmd_plugin.diffusion.references import p_laplace_exact as p_laplace_exact
     from cmd_plugin.diffusion.schedules import NoiseSchedule as NoiseSchedule
@@ -17,11 +22,16 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Flux": "laplace",
+    "LatentCodec": "codecs",
+    "MemorizationReport": "memorization",
+    "MemorizationScore": "memorization",
     "NoiseSchedule": "schedules",
+    "PixelCodec": "codecs",
     "ScoreModel": "score_model",
     "lid_flipd": "references",
     "p_laplace": "laplace",
     "p_laplace_exact": "references",
+    "separate": "memorization",
     "sphere_directions": "directions",
 }
 

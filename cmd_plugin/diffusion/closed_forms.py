@@ -61,7 +61,7 @@ def mixture_noise(
     if not bool((variances >= 0).all()):
         raise InputError("a covariance has a negative or NaN eigenvalue: it is none.")
 
-    def predict(y: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def predict(y: Tensor, t: Tensor, _: Tensor | None) -> Tensor:
         signal, noise = (level.to(y) for level in schedule.levels(t))
         flat = y.reshape(len(y), d)
         spread = signal[:, None, None] ** 2 * variances + noise[:, None, None] ** 2  # [N, K, d]
@@ -103,7 +103,7 @@ def data_noise(
     flat = data.reshape(len(data), -1)
     squares = (flat**2).sum(1)
 
-    def predict(y: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def predict(y: Tensor, t: Tensor, _: Tensor | None) -> Tensor:
         signal, noise = (level.to(y)[:, None] for level in schedule.levels(t))
         rows = y.reshape(len(y), -1)
         variance = noise**2 + (signal * bandwidth) ** 2

@@ -4,8 +4,8 @@ Everything in this room is said in *variance-preserving* coordinates,
 
 .. math:: x_t = a\,x_0 + s\,e, \qquad a^2 + s^2 = 1, \quad e \sim N(0, I).
 
-Networks trained in other coordinates, :math:`y = a'\,x_0 + s'\,e`, are put into these by dividing by
-:math:`\sqrt{a'^2 + s'^2}`; the noise :math:`e` is the same in all of them.
+Networks trained in other coordinates, :math:`y = a'\,x_0 + s'\,e`, are put into these by dividing
+by :math:`\sqrt{a'^2 + s'^2}`; the noise :math:`e` is the same in all of them.
 """
 
 from __future__ import annotations
