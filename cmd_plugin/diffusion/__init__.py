@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING
 from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
+    from cmd_plugin.diffusion.calibration import RealReference as RealReference
     from cmd_plugin.diffusion.codecs import LatentCodec as LatentCodec
     from cmd_plugin.diffusion.codecs import PixelCodec as PixelCodec
+    from cmd_plugin.diffusion.codecs import clip_embedding as clip_embedding
+    from cmd_plugin.diffusion.codecs import codec_of as codec_of
+    from cmd_plugin.diffusion.delivery import redeliver as redeliver
     from cmd_plugin.diffusion.directions import sphere_directions as sphere_directions
     from cmd_plugin.diffusion.laplace import Flux as Flux
     from cmd_plugin.diffusion.laplace import p_laplace as p_laplace
+    from cmd_plugin.diffusion.manifold_bias import ManifoldBias as ManifoldBias
+    from cmd_plugin.diffusion.manifold_bias import ManifoldBiasDetector as ManifoldBiasDetector
+    from cmd_plugin.diffusion.manifold_bias import verdicts as verdicts
     from cmd_plugin.diffusion.memorization import MemorizationReport as MemorizationReport
     from cmd_plugin.diffusion.memorization import MemorizationScore as MemorizationScore
     from cmd_plugin.diffusion.memorization import separate as separate
@@ -23,16 +30,23 @@ if TYPE_CHECKING:
 _MODULES = {
     "Flux": "laplace",
     "LatentCodec": "codecs",
+    "ManifoldBias": "manifold_bias",
+    "ManifoldBiasDetector": "manifold_bias",
     "MemorizationReport": "memorization",
     "MemorizationScore": "memorization",
     "NoiseSchedule": "schedules",
     "PixelCodec": "codecs",
+    "RealReference": "calibration",
     "ScoreModel": "score_model",
+    "clip_embedding": "codecs",
+    "codec_of": "codecs",
     "lid_flipd": "references",
     "p_laplace": "laplace",
     "p_laplace_exact": "references",
+    "redeliver": "delivery",
     "separate": "memorization",
     "sphere_directions": "directions",
+    "verdicts": "manifold_bias",
 }
 
 __all__ = list(_MODULES)
