@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from cmd_plugin.diffusion.codecs import codec_of as codec_of
     from cmd_plugin.diffusion.delivery import redeliver as redeliver
     from cmd_plugin.diffusion.directions import sphere_directions as sphere_directions
+    from cmd_plugin.diffusion.few_shot import FewShotDetector as FewShotDetector
+    from cmd_plugin.diffusion.few_shot import manifold_features as manifold_features
+    from cmd_plugin.diffusion.few_shot import reconstruction_error as reconstruction_error
     from cmd_plugin.diffusion.laplace import Flux as Flux
     from cmd_plugin.diffusion.laplace import p_laplace as p_laplace
     from cmd_plugin.diffusion.manifold_bias import ManifoldBias as ManifoldBias
@@ -26,8 +29,14 @@ if TYPE_CHECKING:
     from cmd_plugin.diffusion.references import p_laplace_exact as p_laplace_exact
     from cmd_plugin.diffusion.schedules import NoiseSchedule as NoiseSchedule
     from cmd_plugin.diffusion.score_model import ScoreModel as ScoreModel
+    from cmd_plugin.diffusion.suspects import SetTest as SetTest
+    from cmd_plugin.diffusion.suspects import infer_membership as infer_membership
+    from cmd_plugin.diffusion.suspects import membership_power as membership_power
+    from cmd_plugin.diffusion.suspects import pixel_separation as pixel_separation
+    from cmd_plugin.diffusion.suspects import refuse_unlike as refuse_unlike
 
 _MODULES = {
+    "FewShotDetector": "few_shot",
     "Flux": "laplace",
     "LatentCodec": "codecs",
     "ManifoldBias": "manifold_bias",
@@ -38,12 +47,19 @@ _MODULES = {
     "PixelCodec": "codecs",
     "RealReference": "calibration",
     "ScoreModel": "score_model",
+    "SetTest": "suspects",
     "clip_embedding": "codecs",
     "codec_of": "codecs",
+    "infer_membership": "suspects",
     "lid_flipd": "references",
+    "manifold_features": "few_shot",
+    "membership_power": "suspects",
     "p_laplace": "laplace",
     "p_laplace_exact": "references",
+    "pixel_separation": "suspects",
+    "reconstruction_error": "few_shot",
     "redeliver": "delivery",
+    "refuse_unlike": "suspects",
     "separate": "memorization",
     "sphere_directions": "directions",
     "verdicts": "manifold_bias",
