@@ -17,11 +17,16 @@ from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
     from cmd_plugin.callbacks.cmd import CMDCallback as CMDCallback
+    from cmd_plugin.callbacks.memorization import MemorizationMonitor as MemorizationMonitor
     from cmd_plugin.callbacks.point_importance import (
         PointImportanceMonitor as PointImportanceMonitor,
     )
 
-_MODULES = {"CMDCallback": "cmd", "PointImportanceMonitor": "point_importance"}
+_MODULES = {
+    "CMDCallback": "cmd",
+    "MemorizationMonitor": "memorization",
+    "PointImportanceMonitor": "point_importance",
+}
 
 __all__ = list(_MODULES)
 

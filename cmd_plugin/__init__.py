@@ -15,6 +15,7 @@ __all__ = ["__version__"]
 _ROOMS = (
     "callbacks",
     "data",
+    "diffusion",
     "errors",
     "federated",
     "kernels",

@@ -19,12 +19,13 @@ NAMES = {
 METHODS = {"modes", "pointcloud", "diffusion", "clip", "distinction"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 PICTURES = {"matplotlib", "plotly"}
-LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh"}
+LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh", "diffusers", "transformers"}
 
 # What must not come along with any name of a room.
 FORBIDDEN = {
     "cmd_plugin.callbacks": {"flwr", *PICTURES, *LATE},
     "cmd_plugin.data": {"flwr", *LIGHTNING, *PICTURES, *METHODS, "torchvision", "timm"},
+    "cmd_plugin.diffusion": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS - {"diffusion"}},
     "cmd_plugin.errors": {"torch", "numpy"},
     "cmd_plugin.federated": {*LIGHTNING, *PICTURES, *LATE, "pointcloud"},
     "cmd_plugin.kernels": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS},
@@ -34,7 +35,11 @@ FORBIDDEN = {
     "cmd_plugin.runs": {"flwr", *LIGHTNING, *PICTURES, *METHODS, *LATE},
 }
 # Some names have a room's leave to bring more.
-ALSO = {"cmd_plugin.callbacks.CMDCallback": {"pointcloud"}}
+ALSO = {
+    "cmd_plugin.callbacks.CMDCallback": {"pointcloud", "diffusion"},
+    "cmd_plugin.callbacks.MemorizationMonitor": {"pointcloud", "modes"},
+    "cmd_plugin.callbacks.PointImportanceMonitor": {"diffusion"},
+}
 
 # What every name of a room needs, and what takes seconds to import.
 START = {

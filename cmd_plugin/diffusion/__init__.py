@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from cmd_plugin.diffusion.memorization import MemorizationReport as MemorizationReport
     from cmd_plugin.diffusion.memorization import MemorizationScore as MemorizationScore
     from cmd_plugin.diffusion.memorization import separate as separate
+    from cmd_plugin.diffusion.memorization import separate_doses as separate_doses
+    from cmd_plugin.diffusion.plots import plot_contact_sheet as plot_contact_sheet
+    from cmd_plugin.diffusion.probes import ProbeSet as ProbeSet
+    from cmd_plugin.diffusion.probes import parse_doses as parse_doses
+    from cmd_plugin.diffusion.probes import plant_duplicates as plant_duplicates
     from cmd_plugin.diffusion.references import lid_flipd as lid_flipd
     from cmd_plugin.diffusion.references import p_laplace_exact as p_laplace_exact
     from cmd_plugin.diffusion.schedules import NoiseSchedule as NoiseSchedule
@@ -45,6 +50,7 @@ _MODULES = {
     "MemorizationScore": "memorization",
     "NoiseSchedule": "schedules",
     "PixelCodec": "codecs",
+    "ProbeSet": "probes",
     "RealReference": "calibration",
     "ScoreModel": "score_model",
     "SetTest": "suspects",
@@ -56,11 +62,15 @@ _MODULES = {
     "membership_power": "suspects",
     "p_laplace": "laplace",
     "p_laplace_exact": "references",
+    "parse_doses": "probes",
     "pixel_separation": "suspects",
+    "plant_duplicates": "probes",
+    "plot_contact_sheet": "plots",
     "reconstruction_error": "few_shot",
     "redeliver": "delivery",
     "refuse_unlike": "suspects",
     "separate": "memorization",
+    "separate_doses": "memorization",
     "sphere_directions": "directions",
     "verdicts": "manifold_bias",
 }

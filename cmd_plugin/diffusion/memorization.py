@@ -21,6 +21,7 @@ __all__ = [
     "MemorizationReport",
     "MemorizationScore",
     "separate",
+    "separate_doses",
 ]
 
 CONTROLS = ("mse", "centre_norm", "gap_norm", "sharpness", "flipd")
@@ -284,3 +285,25 @@ def separate(
         }
         for measure, compare in measures.items()
     }
+
+
+def separate_doses(
+    held_out: MemorizationReport, members: MemorizationReport, doses: dict[int, Tensor]
+) -> dict[str, dict[int, list[float]]]:
+    """Return statistic -> dose -> AUROC against held-out images at each time.
+
+    Args:
+        held_out: Of images that were not trained on.
+        members: Of images that were.
+        doses: Dose -> [k] places of its members, see :meth:`.probes.ProbeSet.each_dose`.
+
+    Raises:
+        StateMismatch: If the reports are of other times or statistics.
+    """
+    found: dict[str, dict[int, list[float]]] = {name: {} for name in members.values}
+    for dose, places in doses.items():
+        values = {name: value[places] for name, value in members.values.items()}
+        part = MemorizationReport(members.times, values, {})
+        for name, numbers in separate(held_out, part)["auroc"].items():
+            found[name][dose] = numbers
+    return found
