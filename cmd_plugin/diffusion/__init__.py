@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from cmd_plugin.diffusion.codecs import clip_embedding as clip_embedding
     from cmd_plugin.diffusion.codecs import codec_of as codec_of
     from cmd_plugin.diffusion.delivery import redeliver as redeliver
+    from cmd_plugin.diffusion.denoisers import TrainedDenoiser as TrainedDenoiser
+    from cmd_plugin.diffusion.denoisers import build_denoiser as build_denoiser
+    from cmd_plugin.diffusion.denoisers import denoiser_model as denoiser_model
     from cmd_plugin.diffusion.directions import sphere_directions as sphere_directions
+    from cmd_plugin.diffusion.doses import parse_doses as parse_doses
     from cmd_plugin.diffusion.few_shot import FewShotDetector as FewShotDetector
     from cmd_plugin.diffusion.few_shot import manifold_features as manifold_features
     from cmd_plugin.diffusion.few_shot import reconstruction_error as reconstruction_error
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     from cmd_plugin.diffusion.memorization import separate_doses as separate_doses
     from cmd_plugin.diffusion.plots import plot_contact_sheet as plot_contact_sheet
     from cmd_plugin.diffusion.probes import ProbeSet as ProbeSet
-    from cmd_plugin.diffusion.probes import parse_doses as parse_doses
     from cmd_plugin.diffusion.probes import plant_duplicates as plant_duplicates
     from cmd_plugin.diffusion.references import lid_flipd as lid_flipd
     from cmd_plugin.diffusion.references import p_laplace_exact as p_laplace_exact
@@ -54,15 +57,18 @@ _MODULES = {
     "RealReference": "calibration",
     "ScoreModel": "score_model",
     "SetTest": "suspects",
+    "TrainedDenoiser": "denoisers",
+    "build_denoiser": "denoisers",
     "clip_embedding": "codecs",
     "codec_of": "codecs",
+    "denoiser_model": "denoisers",
     "infer_membership": "suspects",
     "lid_flipd": "references",
     "manifold_features": "few_shot",
     "membership_power": "suspects",
     "p_laplace": "laplace",
     "p_laplace_exact": "references",
-    "parse_doses": "probes",
+    "parse_doses": "doses",
     "pixel_separation": "suspects",
     "plant_duplicates": "probes",
     "plot_contact_sheet": "plots",

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cmd_plugin.runs.figures import figure_style, new_figure
+from cmd_plugin.runs.figures import GREY, colour, figure_style, legend_below, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_contact_sheet"]
+__all__ = ["plot_contact_sheet", "plot_doses"]
 
 
 def plot_contact_sheet(
@@ -54,3 +54,26 @@ def _picture(image: Tensor) -> Any:
         image = image.mean(0, keepdim=True)
     shown = (image.detach().float().cpu() / 2 + 0.5).clamp(0, 1)
     return shown[0].numpy() if len(shown) == 1 else torch.movedim(shown, 0, 2).numpy()
+
+
+def plot_doses(history: Sequence[dict[str, Any]], statistic: str, limit: float) -> Figure:
+    """Draw how well members of each dose are told from held-out images, over the training.
+
+    Args:
+        history: Of a ``MemorizationMonitor``.
+        statistic: Which one.
+        limit: AUROC from which members count as separate.
+    """
+    with figure_style():
+        figure = new_figure(6.4, 4.4)
+        axes = figure.subplots()
+        steps = [look["step"] for look in history]
+        for number, dose in enumerate(history[-1]["doses"][statistic]):
+            values = [look["doses"][statistic][dose][0] for look in history]
+            axes.plot(steps, values, marker="o", ms=3, color=colour(number), label=f"x{dose}")
+        axes.axhline(limit, color=GREY, lw=0.8, ls=":")
+        axes.axhline(0.5, color=GREY, lw=0.8)
+        axes.set(xlabel="optimizer step", ylabel=f"AUROC of {statistic} against held-out images")
+        axes.set_ylim(0.3, 1.02)
+        legend_below(axes)
+    return figure

@@ -12,7 +12,7 @@ from torch import Tensor
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
 from cmd_plugin.runs.tensors import Schema
 
-__all__ = ["ProbeSet", "parse_doses", "plant_duplicates"]
+__all__ = ["ProbeSet", "plant_duplicates"]
 
 _SCHEMA = Schema("memorization-probes", 1, "a ProbeSet")
 
@@ -88,27 +88,6 @@ class ProbeSet:
             raise InputError(f"{path} is damaged ({error}): make the probes again.") from error
 
 
-def parse_doses(text: str) -> dict[int, int]:
-    """Return dose -> number of images of ``"20x2,20x4"``: 20 images twice, 20 four times.
-
-    Raises:
-        InputError: If it is not of that form, or says a dose twice.
-    """
-    plan: dict[int, int] = {}
-    for part in filter(None, text.replace(" ", "").split(",")):
-        images, cross, dose = part.partition("x")
-        if not (
-            cross and images.isdecimal() and dose.isdecimal() and int(images) and int(dose) > 1
-        ):
-            raise InputError(
-                f"{part!r} is no dose: write IMAGESxTIMES, such as 20x4, with at least two times."
-            )
-        if int(dose) in plan:
-            raise InputError(f"dose {dose} is said twice in {text!r}: say it once.")
-        plan[int(dose)] = int(images)
-    return plan
-
-
 def plant_duplicates(
     images: int, plan: dict[int, int], singles: int | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +95,7 @@ def plant_duplicates(
 
     Args:
         images: Number of images there are.
-        plan: Dose -> number of images, see :func:`parse_doses`.
+        plan: Dose -> number of images, see :func:`.doses.parse_doses`.
         singles: How many of the others to keep, once each; by default all.
         seed: Of the choice.
 
