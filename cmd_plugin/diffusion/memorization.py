@@ -134,7 +134,9 @@ class MemorizationScore:
             )
         for time in self.times:
             model.schedule.level(time)
-        self.controls = tuple(name for name in controls if name != "gap_norm" or model.has_gap)
+        self.controls = tuple(
+            name for name in CONTROLS if name in controls and (name != "gap_norm" or model.has_gap)
+        )
         self.model, self.codec = model, codec
         self.probes, self.seed, self.batch_size = probes, seed, batch_size
         self.directions = sphere_directions(model.shape, directions, seed=seed)
