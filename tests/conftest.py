@@ -10,8 +10,6 @@ from collections.abc import Iterator
 # Before anything imports matplotlib or a model hub; every child process of a test inherits both.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# transformers asks for a package of this name and would find the folder at the top.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 import numpy as np
 import pytest

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from cmd_plugin.cli.commands import COMMANDS
 from cmd_plugin.cli.main import run
+from cmd_plugin.diffusion import NoiseSchedule, ProbeSet, TrainedDenoiser, build_denoiser
 from cmd_plugin.jobs.clip import fit
 from cmd_plugin.jobs.clip.options import FitOptions
-from cmd_plugin.diffusion import NoiseSchedule, ProbeSet, TrainedDenoiser, build_denoiser
 from cmd_plugin.jobs.points.model import PointNetwork, save_point_network
 from cmd_plugin.pointcloud import build_network
 from cmd_plugin.runs.folder import RunFolder
