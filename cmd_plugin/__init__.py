@@ -16,6 +16,7 @@ _ROOMS = (
     "callbacks",
     "clip",
     "data",
+    "diffusion",
     "errors",
     "federated",
     "kernels",

@@ -20,13 +20,14 @@ METHODS = {"modes", "pointcloud", "diffusion", "clip", "distinction"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 PICTURES = {"matplotlib", "plotly"}
 TOWERS = {"open_clip", "transformers"}
-LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh"}
+LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh", "diffusers", *TOWERS}
 
 # What must not come along with any name of a room.
 FORBIDDEN = {
     "cmd_plugin.callbacks": {"flwr", *PICTURES, *LATE},
-    "cmd_plugin.clip": {"flwr", *LIGHTNING, *PICTURES, *LATE, *TOWERS, "modes", "pointcloud"},
+    "cmd_plugin.clip": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS - {"clip"}},
     "cmd_plugin.data": {"flwr", *LIGHTNING, *PICTURES, *METHODS, "torchvision", "timm"},
+    "cmd_plugin.diffusion": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS - {"diffusion"}},
     "cmd_plugin.errors": {"torch", "numpy"},
     "cmd_plugin.federated": {*LIGHTNING, *PICTURES, *LATE, "pointcloud"},
     "cmd_plugin.kernels": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS},
@@ -36,7 +37,12 @@ FORBIDDEN = {
     "cmd_plugin.runs": {"flwr", *LIGHTNING, *PICTURES, *METHODS, *LATE},
 }
 # What some names must not bring either, and what some may, being made for it.
-ALSO = {"cmd_plugin.callbacks.CMDCallback": {"pointcloud"}}
+ALSO = {
+    "cmd_plugin.callbacks.CMDCallback": {"pointcloud", "diffusion", "clip"},
+    "cmd_plugin.callbacks.EmbeddingGeometryMonitor": {"pointcloud", "diffusion", "modes"},
+    "cmd_plugin.callbacks.MemorizationMonitor": {"pointcloud", "clip", "modes"},
+    "cmd_plugin.callbacks.PointImportanceMonitor": {"diffusion", "clip"},
+}
 MAY = {"cmd_plugin.clip.Whitener": {"sklearn"}}
 
 # What every name of a room needs, and what takes seconds to import.

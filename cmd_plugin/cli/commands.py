@@ -65,6 +65,15 @@ COMMANDS = (
         *("points.options", "ExplainOptions", "points.explain:run", "show_points:show_explain"),
     ),
     _job(
+        "diffusion train",
+        *("diffusion.options", "TrainOptions", "diffusion.train:run", "show_diffusion:show_train"),
+    ),
+    _job(
+        "diffusion memorization",
+        *("diffusion.options", "MemorizationOptions"),
+        *("diffusion.memorization:run", "show_diffusion:show_memorization"),
+    ),
+    _job(
         "federated simulate",
         *("federated.options", "SimulateOptions", "federated.simulate:run"),
         "show_federated:show",

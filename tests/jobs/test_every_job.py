@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from cmd_plugin.cli.commands import COMMANDS
 from cmd_plugin.cli.main import run
+from cmd_plugin.diffusion import NoiseSchedule, ProbeSet, TrainedDenoiser, build_denoiser
 from cmd_plugin.jobs.clip import fit
 from cmd_plugin.jobs.clip.options import FitOptions
 from cmd_plugin.jobs.points.model import PointNetwork, save_point_network
@@ -58,6 +59,19 @@ CASES = [
         "points explain",
         ("{inputs}/cloud.npy", "--weights", "{inputs}/point/model.safetensors"),
         ("--measure", "entropy"),
+    ),
+    JobCase(
+        "diffusion train",
+        (
+            *("--duplicate", "4x2,4x8", "--singles", "30", "--held-out", "20", "--width", "16"),
+            *("--steps", "6", "--batch-size", "32", "--looks", "2", "--threads", "1"),
+        ),
+        ("--lr", "0.01"),
+    ),
+    JobCase(
+        "diffusion memorization",
+        ("--model", "{inputs}/denoiser", "--directions", "4", "--threads", "1"),
+        ("--directions", "6"),
     ),
     JobCase(
         "federated simulate",
@@ -106,7 +120,7 @@ IDS = [case.name for case in CASES]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What commands read: checkpoints, a cloud with a network, embeddings with their fits."""
+    """What commands read: checkpoints, a cloud with a network, embeddings, a denoiser."""
     folder = tmp_path_factory.mktemp("inputs")
     draw = torch.Generator().manual_seed(0)
     weights = torch.randn(40, generator=draw)
@@ -124,6 +138,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard in (1, 2):
         options = FitOptions(input=folder / "rows.npy", shard=f"{shard}/2")
         fit.run(options, folder / f"fit{shard}")
+    (folder / "denoiser").mkdir()
+    shape, pixels = (1, 8, 8), torch.rand(2, 70, 1, 8, 8, generator=draw) * 2 - 1
+    denoiser = build_denoiser("mlp", shape, 16)
+    TrainedDenoiser(denoiser, "mlp", shape, 16, NoiseSchedule.linear(), "noise").save(
+        folder / "denoiser/model.safetensors"
+    )
+    ProbeSet(pixels[0], pixels[1]).save(folder / "denoiser/probes.safetensors")
     return folder
 
 
