@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cmd_plugin.clip.drift import mmd_test as mmd_test
     from cmd_plugin.clip.ellipsoid import Ellipsoid as Ellipsoid
     from cmd_plugin.clip.ellipsoid import fit_ellipsoid as fit_ellipsoid
+    from cmd_plugin.clip.estimator import Whitener as Whitener
     from cmd_plugin.clip.gap import ModalityGap as ModalityGap
     from cmd_plugin.clip.gap import alignment as alignment
     from cmd_plugin.clip.gap import modality_gap as modality_gap
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     from cmd_plugin.clip.gap import shift_along_gap as shift_along_gap
     from cmd_plugin.clip.gap import shift_to_origin as shift_to_origin
     from cmd_plugin.clip.gap import uniformity as uniformity
+    from cmd_plugin.clip.layers import fit_layers as fit_layers
+    from cmd_plugin.clip.layers import layer_features as layer_features
+    from cmd_plugin.clip.layers import score_layers as score_layers
+    from cmd_plugin.clip.metrics import FeatureGaussian as FeatureGaussian
+    from cmd_plugin.clip.metrics import WhitenedLikelihood as WhitenedLikelihood
     from cmd_plugin.clip.named_towers import load_tower as load_tower
     from cmd_plugin.clip.normality_tests import Normality as Normality
     from cmd_plugin.clip.normality_tests import normality as normality
@@ -60,6 +66,7 @@ _MODULES = {
     "ConformityEstimate": "conformities",
     "DomainAUC": "drift",
     "Ellipsoid": "ellipsoid",
+    "FeatureGaussian": "metrics",
     "Gaussian": "statistics",
     "GaussianStatistics": "statistics",
     "MMDTest": "drift",
@@ -67,6 +74,8 @@ _MODULES = {
     "Normality": "normality_tests",
     "Preprocessing": "preprocessing",
     "Tower": "towers",
+    "WhitenedLikelihood": "metrics",
+    "Whitener": "estimator",
     "Whitening": "whitening",
     "alignment": "gap",
     "alpha_curve": "alpha",
@@ -77,8 +86,10 @@ _MODULES = {
     "estimate_conformity": "conformities",
     "fit_alignment": "align",
     "fit_ellipsoid": "ellipsoid",
+    "fit_layers": "layers",
     "image_tower": "towers",
     "import_wclip": "wclip",
+    "layer_features": "layers",
     "load_tower": "named_towers",
     "looks_normalised": "towers",
     "mmd_test": "drift",
@@ -87,6 +98,7 @@ _MODULES = {
     "nt_xent": "alpha",
     "ranks_of": "retrieval",
     "recall_at": "retrieval",
+    "score_layers": "layers",
     "separability": "gap",
     "separating_accuracy": "gap",
     "shift_along_gap": "gap",

@@ -112,7 +112,8 @@ def estimate(
         intensity = float(_intensity(kind, rows, dim, *moments))
     variances = _shrunk(values, intensity)[:kept]
     lowest = float(variances[0]) * floor
-    if float(variances[0]) <= 0.0 or (floor == 0.0 and float(variances[-1]) <= 0.0):
+    nothing = dim * torch.finfo(torch.float64).eps * float(variances[0])
+    if float(variances[0]) <= 0.0 or (floor == 0.0 and float(variances[-1]) <= nothing):
         raise InputError(
             "the features have directions without any variance: set a floor, a rank or "
             "shrinkage, or look whether all rows are equal."
@@ -120,7 +121,7 @@ def estimate(
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
     return Spectrum(
         eigenvalues=values,
-        vectors=vectors * torch.where(largest < 0, -1.0, 1.0),
+        vectors=(vectors * torch.where(largest < 0, -1.0, 1.0)).contiguous(),
         variances=variances.clamp_min(lowest),
         shrinkage=kind,
         intensity=intensity,

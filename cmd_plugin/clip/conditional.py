@@ -21,6 +21,7 @@ __all__ = ["ConditionalWhitening"]
 _Vector = NDArray[np.float64]
 
 _GRAM_ROWS = 8192  # products of all pairs are kept up to here: 512 MiB
+_TOLD_APART = 1e-10  # share of the largest eigenvalue below which products are rounding
 _QUERIES = 256  # queries whose products with all rows are held at once
 
 
@@ -88,7 +89,7 @@ class ConditionalWhitening:
 
         Raises:
             ShapeError: If they are not floating [B, d].
-            InputError: If all neighbours of a row are equal.
+            InputError: If the neighbours of a row span less than m directions.
         """
         check_rows(x, self.features.shape[1])
         result = []
@@ -109,7 +110,7 @@ class ConditionalWhitening:
 
         Raises:
             ShapeError: If they are not floating [B, d].
-            InputError: If all neighbours of a row are equal.
+            InputError: If the neighbours of a row span less than m directions.
         """
         return -0.5 * (self.components * math.log(2 * math.pi) + self.squared_norm(x))
 
@@ -125,10 +126,13 @@ class ConditionalWhitening:
         gram -= towards_mean[:, None] + (towards_mean - size)
         z = product - product.mean() - (towards_mean - size)
         values, weights = _spectrum(gram, z, self.components)
-        if values[-1] <= 0.0:
-            raise InputError("all neighbours of a row are equal: take more of them.")
-        values = np.maximum(values, self.floor * values[-1])
-        return (len(z) - 1) * float((weights / values**2).sum())
+        if values[0] <= _TOLD_APART * values[-1]:
+            raise InputError(
+                f"the neighbours of a row span less than {self.components} directions: take more "
+                "neighbours or fewer components."
+            )
+        raised = np.maximum(values, self.floor * values[-1])
+        return (len(z) - 1) * float((weights / (values * raised)).sum())
 
 
 def _spectrum(matrix: _Vector, z: _Vector, count: int) -> tuple[_Vector, _Vector]:

@@ -428,7 +428,8 @@ class Whitening:
 
     def _check(self) -> None:
         dim, kept = self.vectors.shape
-        shapes = {"mean": (dim,), "variances": (kept,), "eigenvalues": (dim,)}
+        shapes: dict[str, tuple[int, ...]] = {"vectors": (dim, kept), "mean": (dim,)}
+        shapes.update(variances=(kept,), eigenvalues=(dim,))
         for name, shape in shapes.items():
             value = getattr(self, name)
             if value.shape != shape or value.dtype != torch.float64:
