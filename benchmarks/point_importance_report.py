@@ -82,11 +82,14 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(name, *areas, _over_seeds(rows=rough, key="roughness") if rough else "")
     console.print(table)
 
-    table = Table(title="Subset defence: share answered wrongly")
+    first = result["defence"][0]
+    about = f"{first['clouds']} clouds, the stronger of two attacks of {first['steps']} steps"
+    table = Table(title=f"Subset defence: share answered wrongly ({about})")
     table.add_column("case")
-    table.add_column("share", justify="right")
-    for name, value in result["defence"].items():
-        table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    for row in result["defence"]:
+        table.add_column(f"limit {row['limit']}", justify="right")
+    for name in list(first)[3:]:
+        table.add_row(name, *(f"{row[name]:.3f}" for row in result["defence"]))
     console.print(table)
 
     table = Table(title=f"Cost, {result['machine']['threads']} thread(s)")

@@ -17,6 +17,9 @@ from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
     from cmd_plugin.callbacks.cmd import CMDCallback as CMDCallback
+    from cmd_plugin.callbacks.embedding_geometry import (
+        EmbeddingGeometryMonitor as EmbeddingGeometryMonitor,
+    )
     from cmd_plugin.callbacks.memorization import MemorizationMonitor as MemorizationMonitor
     from cmd_plugin.callbacks.point_importance import (
         PointImportanceMonitor as PointImportanceMonitor,
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CMDCallback": "cmd",
+    "EmbeddingGeometryMonitor": "embedding_geometry",
     "MemorizationMonitor": "memorization",
     "PointImportanceMonitor": "point_importance",
 }

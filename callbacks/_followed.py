@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from cmd_plugin.callbacks._checkpoint import copied
 from cmd_plugin.callbacks._statistics import ModelledStatistics
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.modes import Layout, OnlineModes
+from cmd_plugin.modes.layout import is_selected
+from cmd_plugin.networks.names import clean_name
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -117,6 +119,17 @@ class FollowedModule:
                 modes.load_state_dict(self._waiting)
         self.modes, self._module = modes, weakref.ref(pl_module)
         self.warmup, self._waiting = warmup, None
+
+    def unfrozen(
+        self, pl_module: LightningModule, include: Sequence[str], exclude: Sequence[str]
+    ) -> list[str]:
+        """Return the names of weights that train now and did not when the modes were made."""
+        if self.modes is None:
+            return []
+        layout = self.modes.layout
+        known = {*layout.names, *layout.aliases}
+        names = [clean_name(name) for name, p in pl_module.named_parameters() if p.requires_grad]
+        return [n for n in names if n not in known and is_selected(n, include, exclude)]
 
     def can_show(self, pl_module: LightningModule) -> bool:
         """Whether there are modelled weights of this module."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "run_before_monitors",
     "runs",
     "warn_of_raw_weights",
+    "warn_of_unfrozen",
 ]
 
 _logger = logging.getLogger("cmd_plugin.callbacks.cmd")  # of the callback the user knows
@@ -42,6 +43,18 @@ def warn_of_raw_weights() -> None:
     _logger.warning(
         "No modelled weights for this module (before the fit, or never trained with this "
         "callback): the raw weights are used."
+    )
+
+
+def warn_of_unfrozen(names: Sequence[str]) -> None:
+    """Say that weights train which the modes do not follow."""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    _logger.warning(
+        "%d tensors were unfrozen after the modes were made and stay as the raw run has them (%s): "
+        "beside modelled weights of the others they may do worse. Let requires_grad be set before "
+        "the fit, or leave them out by exclude=.",
+        len(names),
+        shown,
     )
 
 

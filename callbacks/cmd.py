@@ -30,6 +30,7 @@ from cmd_plugin.callbacks._trainer import (
     run_before_monitors,
     runs,
     warn_of_raw_weights,
+    warn_of_unfrozen,
 )
 from cmd_plugin.modes import OnlineModes
 
@@ -71,8 +72,10 @@ class CMDCallback(Callback):
     ``cmd/state_bytes``, and with ``mode="embedded"`` ``cmd/embedded_fraction`` (0 to 1) and
     ``cmd/saved_percent`` (as the paper counts it).
 
-    Resuming is exact at any phase; only the statistics of an epoch that was entered in its middle
-    rest on the batches after that. Sharded strategies (FSDP, DeepSpeed) are refused.
+    What is modelled is decided at the start of the fit: weights unfrozen later stay raw, which a
+    warning says once. Resuming is exact at any phase; only the statistics of an epoch that was
+    entered in its middle rest on the batches after that. Sharded strategies (FSDP, DeepSpeed) are
+    refused.
 
     Example::
 
@@ -184,7 +187,7 @@ class CMDCallback(Callback):
         self._steps = StepHooks()
         self._listener: LogListener | None = None
         self._offered = False  # whether this run's checkpoint has been looked at
-        self._warned = False
+        self._warned = self._told = False  # of weights far worse, of weights unfrozen
 
     @property
     def modes(self) -> OnlineModes | None:
@@ -238,7 +241,7 @@ class CMDCallback(Callback):
         """
         refuse_sharded(trainer, type(self).__name__)
         self._leave()
-        self._offered = self._warned = self._schedule.restored = False
+        self._offered = self._warned = self._told = self._schedule.restored = False
         check_checkpoints(trainer, self.checkpoint_weights, self.prefix)
         if self.evaluate == "both":
             refuse_data_loader_iterator(pl_module)
@@ -314,6 +317,11 @@ class CMDCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Catch an epoch whose last batch was not known beforehand, then log."""
         self._end_epoch(trainer, pl_module)
+        if not self._told and trainer.is_global_zero:
+            unfrozen = self._followed.unfrozen(pl_module, self.include, self.exclude)
+            self._told = bool(unfrozen)
+            if unfrozen:
+                warn_of_unfrozen(unfrozen)
         if self.modes is None or trainer.barebones:
             return
         metrics = {"state_bytes": float(self.modes.state_bytes)}

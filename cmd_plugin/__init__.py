@@ -14,6 +14,7 @@ __all__ = ["__version__"]
 
 _ROOMS = (
     "callbacks",
+    "clip",
     "data",
     "diffusion",
     "errors",

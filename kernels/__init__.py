@@ -15,6 +15,7 @@ from cmd_plugin.kernels.farthest_point_sampling import farthest_point_sampling
 from cmd_plugin.kernels.flat_view import FlatView
 from cmd_plugin.kernels.fold_gradients import fold_gradients
 from cmd_plugin.kernels.knn import Neighbours, knn
+from cmd_plugin.kernels.mahalanobis import mahalanobis
 from cmd_plugin.kernels.point_importance import (
     PointScores,
     entropy_parts,
@@ -41,6 +42,7 @@ __all__ = [
     "fold_gradients",
     "knn",
     "last_backend",
+    "mahalanobis",
     "normalised_entropy",
     "point_importance",
     "reconstruct",

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 # Before anything imports matplotlib or a model hub; every child process of a test inherits both.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# transformers asks for a package of this name and would find the folder at the top.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+# transformers asks for a package of this name and would find the folder at the top.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 settings.register_profile(
     "ci", derandomize=True, database=None, deadline=None, max_examples=50, print_blob=True

@@ -17,6 +17,9 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 import cmd_plugin
+from cmd_plugin.clip.metrics import FeatureGaussian, WhitenedLikelihood
+from cmd_plugin.clip.statistics import GaussianStatistics
+from cmd_plugin.clip.whitening import Whitening
 from cmd_plugin.errors import StateMismatch
 from cmd_plugin.modes import Embedding, Layout, OnlineModes
 from cmd_plugin.pointcloud.corruption_error import CorruptionError
@@ -27,7 +30,7 @@ from cmd_plugin.pointcloud.focus import FocusReference
 from cmd_plugin.pointcloud.score_metrics import FalsePositiveRate95, ScoreAUPR, ScoreAUROC
 
 BATCH, VIEWS, CLASSES = 7, ("a", "a", "b"), 4
-WEIGHTS = 120
+WEIGHTS, WIDTH = 120, 4
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,24 @@ def cells(metric: Metric, number: int) -> None:
             metric.update(noise(number + level, BATCH, CLASSES), labels(number), corruption, level)
 
 
+def rows(holder: Any, number: int) -> None:
+    x = noise(number, BATCH, WIDTH)
+    if number % 5 == 3:
+        x[2, 1] = torch.nan
+    holder.update(x)
+
+
+def sums(statistics: GaussianStatistics) -> Any:
+    gaussian, central = statistics.compute(), statistics.central()
+    norm = torch.tensor(statistics.mean_norm, dtype=torch.float64)
+    numbers = [statistics.skipped, statistics.unit_mean, norm]
+    return [*gaussian, *central.values(), *numbers]
+
+
+def reference() -> Whitening:
+    return Whitening.fit(noise(0, 100, WIDTH).double(), shrinkage="none")
+
+
 def outliers(metric: Metric, number: int) -> None:
     metric.update(noise(number, BATCH), torch.arange(BATCH) % 2)
 
@@ -122,6 +143,24 @@ CASES: dict[str, Case] = {
         merge=FocusReference.merge,
         files=True,
     ),
+    "GaussianStatistics": Case(
+        lambda: GaussianStatistics(WIDTH),
+        rows,
+        sums,
+        merge=GaussianStatistics.merge,
+        exact=False,
+        files=True,
+    ),
+    "GaussianStatistics of unit rows": Case(
+        lambda: GaussianStatistics(WIDTH, normalize="l2", about={"model": "a"}),
+        rows,
+        sums,
+        merge=GaussianStatistics.merge,
+        exact=False,
+        files=True,
+    ),
+    "FeatureGaussian": metric(lambda: FeatureGaussian(WIDTH), rows, exact=False),
+    "WhitenedLikelihood": metric(lambda: WhitenedLikelihood(reference()), rows, exact=False),
     "EnsembleDiversity": metric(
         lambda: EnsembleDiversity(VIEWS),
         lambda m, n: m.update(noise(n, BATCH, len(VIEWS), CLASSES), labels(n)),

@@ -78,6 +78,30 @@ COMMANDS = (
         *("federated.options", "SimulateOptions", "federated.simulate:run"),
         "show_federated:show",
     ),
+    _job(
+        "clip fit",
+        *("clip.options", "FitOptions", "clip.fit:run", "show_clip:show_fit"),
+    ),
+    _job(
+        "clip score",
+        *("clip.options", "ScoreOptions", "clip.score:run", "show_clip:show_score"),
+    ),
+    _job(
+        "clip report",
+        *("clip.options", "ReportOptions", "clip.report:run", "show_clip:show_report"),
+    ),
+    _job(
+        "clip merge",
+        *("clip.options", "MergeOptions", "clip.merge:run", "show_clip:show_merge"),
+    ),
+    _job(
+        "clip compare",
+        *("clip.options", "CompareOptions", "clip.compare:run", "show_clip:show_compare"),
+    ),
+    _job(
+        "clip align",
+        *("clip.options", "AlignOptions", "clip.align:run", "show_clip:show_align"),
+    ),
     _job("bench kernels", "bench", "BenchOptions", "bench:run", "show_bench:show"),
 )
 

@@ -33,6 +33,7 @@ _NOUNS = {
     "points": "Point clouds: train a network, and see what it looks at.",
     "diffusion": "Diffusion models: which images has one memorised?",
     "federated": "Federated learning that sends less, on Flower.",
+    "clip": "Embeddings of CLIP and others: likelihood, geometry, drift, one space for search.",
     "bench": "Measure this package on this machine.",
 }
 

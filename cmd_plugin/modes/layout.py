@@ -206,6 +206,12 @@ def check_buffers(buffers: str) -> None:
         raise InputError(f"buffers must be one of {', '.join(BUFFER_POLICIES)}, got {buffers!r}.")
 
 
+def is_selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether globs choose a name: ``include``, or all if it is empty, less ``exclude``."""
+    wanted = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
 def named_weights(
     source: nn.Module | Mapping[str, Tensor],
     include: Sequence[str] = (),
@@ -251,9 +257,7 @@ def named_weights(
             continue
         if _is_statistic(name) and buffers != "model":
             continue
-        if include and not any(fnmatchcase(name, pattern) for pattern in include):
-            continue
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
+        if not is_selected(name, include, exclude):
             continue
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device)
         if key in seen:

@@ -8,9 +8,11 @@ from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
     from cmd_plugin.pointcloud._interception import channels_first as channels_first
+    from cmd_plugin.pointcloud.adversarial import Attack as Attack
     from cmd_plugin.pointcloud.adversarial import SubsetDefence as SubsetDefence
     from cmd_plugin.pointcloud.adversarial import gradient_attack as gradient_attack
     from cmd_plugin.pointcloud.adversarial import query_attack as query_attack
+    from cmd_plugin.pointcloud.adversarial import strongest_attack as strongest_attack
     from cmd_plugin.pointcloud.clouds import PointClouds as PointClouds
     from cmd_plugin.pointcloud.clouds import unit_sphere as unit_sphere
     from cmd_plugin.pointcloud.corruption_error import CorruptionError as CorruptionError
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from cmd_plugin.pointcloud.view_training import ViewTraining as ViewTraining
 
 _MODULES = {
+    "Attack": "adversarial",
     "CORRUPTIONS": "corruptions",
     "CorruptionError": "corruption_error",
     "CorruptionErrors": "corruption_error",
@@ -105,6 +108,7 @@ _MODULES = {
     "shuffle_points": "corruptions",
     "statistical_outliers": "outliers",
     "statistical_scores": "outliers",
+    "strongest_attack": "adversarial",
     "train_defences": "defences",
     "uncritical_subset": "refocusing",
     "unit_sphere": "clouds",

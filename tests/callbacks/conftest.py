@@ -26,6 +26,7 @@ def _load_helper(name: str) -> None:
 
 
 _load_helper("callback_toys")
+_load_helper("clip_toys")
 
 # Advice about speed and set-up that tiny runs cannot follow. Everything else stays an error.
 _CHATTER = (

@@ -129,3 +129,11 @@ def test_a_wrong_value_names_the_argument(
     with pytest.raises(SystemExit):
         run(namespace, arguments)
     assert "evaluate" in capsys.readouterr().err
+
+
+def test_help_says_what_an_argument_means() -> None:
+    parser = pytest.importorskip("jsonargparse").ArgumentParser()
+    parser.add_class_arguments(CMDCallback, "cmd")
+    assert "--cmd.modes MODES Number of modes M, 1 to 256." in " ".join(
+        parser.format_help().split()
+    )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from callback_toys import CASES, distributed_run, same
+from clip_toys import geometry_run
 
 pytest.importorskip("lightning")
 
@@ -35,7 +36,7 @@ def free_ports(count: int) -> list[str]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What both ranks ended with in every case; two processes go through all cases."""
     folder = tmp_path_factory.mktemp("ddp")
-    script, ports = Path(__file__).parents[1] / "helpers" / "ddp_run.py", free_ports(len(CASES))
+    script, ports = Path(__file__).parents[1] / "helpers" / "ddp_run.py", free_ports(len(CASES) + 1)
     children = []
     try:
         for rank in range(2):
@@ -63,7 +64,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
             child.wait()
     found = {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for name in CASES
+        for name in (*CASES, "geometry")
     }
     return {name: (first, second) for name, (first, second) in found.items()}
 
@@ -151,3 +152,16 @@ def test_statistics_of_rank_zero_are_modelled(results: Results, case: str) -> No
     for rank in (first, second):
         modelled = rank["modelled"][start : start + len(first["mean"])]
         assert (modelled - first["mean"]).norm() < (modelled - second["mean"]).norm()
+
+
+def test_the_geometry_of_two_processes_is_that_of_one(results: Results) -> None:
+    """Each has half of the pairs; what is logged is of all of them."""
+    first, second = results["geometry"]
+    assert first["metrics"] == second["metrics"]
+    alone = geometry_run()
+    assert first["metrics"].keys() == alone["metrics"].keys()
+    # Gradients of a contrastive loss see the other pairs of their own process only, so the weights
+    # differ, and with them what is measured on them; the number of pairs does not.
+    assert first["metrics"]["geometry/skipped"] == alone["metrics"]["geometry/skipped"] == 0.0
+    for name, value in first["expected"].items():
+        assert first["metrics"][f"geometry/{name}"] == pytest.approx(value, rel=1e-5), name

@@ -199,7 +199,7 @@ def test_tied_and_frozen_weights() -> None:
     assert module.net[0].weight is module.net[2].weight
 
 
-def test_weights_frozen_and_thawed_on_the_way() -> None:
+def test_weights_frozen_and_thawed_on_the_way(caplog: pytest.LogCaptureFixture) -> None:
     """What is modelled is decided at the start: thawed weights stay raw, frozen ones go on."""
 
     class Turning(Toy):
@@ -222,6 +222,8 @@ def test_weights_frozen_and_thawed_on_the_way() -> None:
     modelled = modelled_weights(callback, module)
     assert torch.equal(modelled["net.4.bias"], module.net[4].bias)
     assert not torch.equal(modelled["net.0.weight"], module.net[0].weight)
+    assert caplog.text.count("1 tensors were unfrozen after the modes were made") == 1
+    assert "(net.4.bias)" in caplog.text
 
 
 @pytest.mark.gpu

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from cmd_plugin.cli.commands import COMMANDS
 from cmd_plugin.cli.main import run
 from cmd_plugin.diffusion import NoiseSchedule, ProbeSet, TrainedDenoiser, build_denoiser
+from cmd_plugin.jobs.clip import fit
+from cmd_plugin.jobs.clip.options import FitOptions
 from cmd_plugin.jobs.points.model import PointNetwork, save_point_network
 from cmd_plugin.pointcloud import build_network
 from cmd_plugin.runs.folder import RunFolder
@@ -79,6 +81,30 @@ CASES = [
         ),
         ("--lr", "0.01"),
     ),
+    JobCase("clip fit", ("{inputs}/rows.npy", "--threads", "1"), ("--basis", "zca")),
+    JobCase(
+        "clip score",
+        (
+            *("{inputs}/others.npy", "--whitening", "{inputs}/fit1", "--rows", "40"),
+            *("--threads", "1"),
+        ),
+        ("--format", "jsonl"),
+    ),
+    JobCase(
+        "clip report",
+        ("{inputs}/pairs.npy", "--group-size", "50", "--shown", "2", "--threads", "1"),
+        ("--temperature", "0.1"),
+    ),
+    JobCase("clip merge", ("{inputs}/fit1", "{inputs}/fit2"), ("--basis", "zca")),
+    JobCase(
+        "clip compare",
+        (
+            *("{inputs}/rows.npy", "{inputs}/others.npy", "--permutations", "19"),
+            *("--threads", "1"),
+        ),
+        ("--seed", "1"),
+    ),
+    JobCase("clip align", ("{inputs}/pairs.npy", "--threads", "1"), ("--seed", "1")),
     JobCase(
         "bench kernels",
         (
@@ -94,7 +120,7 @@ IDS = [case.name for case in CASES]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What commands read: four checkpoints, a cloud with a network for it, a denoiser."""
+    """What commands read: checkpoints, a cloud and a denoiser with networks, embeddings."""
     folder = tmp_path_factory.mktemp("inputs")
     draw = torch.Generator().manual_seed(0)
     weights = torch.randn(40, generator=draw)
@@ -112,6 +138,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "denoiser/model.safetensors"
     )
     ProbeSet(pixels[0], pixels[1]).save(folder / "denoiser/probes.safetensors")
+    rows = np.random.default_rng(0).normal(2, 1, size=(600, 6)).astype(np.float32)
+    np.save(folder / "rows.npy", rows[:200])
+    np.save(folder / "others.npy", rows[200:300])
+    np.save(folder / "pairs.npy", np.stack([rows[300:400], rows[300:400] - rows[400:500] / 4]))
+    for shard in (1, 2):
+        options = FitOptions(input=folder / "rows.npy", shard=f"{shard}/2")
+        fit.run(options, folder / f"fit{shard}")
     return folder
 
 

@@ -24,7 +24,9 @@ def test_areas_are_those_of_scikit_learn(digits: int, few: int, many: int) -> No
     )
     wrong, found, _ = roc_curve(truth, scores, drop_intermediate=False)
     for rate in (0.0, 0.01, 0.2):
-        assert true_positive_rate(low, high, rate) == pytest.approx(found[wrong <= rate + 1e-12].max())
+        assert true_positive_rate(low, high, rate) == pytest.approx(
+            found[wrong <= rate + 1e-12].max()
+        )
 
 
 def test_groups_that_cannot_be_compared_are_refused() -> None:

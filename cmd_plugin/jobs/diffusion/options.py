@@ -63,7 +63,9 @@ class TrainOptions(JobOptions):
     width: int | None = option(
         None, "Hidden width; default 512 of mlp, 32 of unet.", panel=_DATA, at_least=1
     )
-    steps: int = option(6000, "Optimizer steps, about: whole epochs are trained.", panel=_TRAINING, at_least=1)
+    steps: int = option(
+        6000, "Optimizer steps, about: whole epochs are trained.", panel=_TRAINING, at_least=1
+    )
     batch_size: int = option(128, "Images in a step.", panel=_TRAINING, at_least=2)
     lr: float = option(1e-3, "Learning rate, cosine to a tenth.", panel=_TRAINING, above=0)
     ema: float = option(
