@@ -185,8 +185,8 @@ class _Block(nn.Module):
             scale, shift = self.style(codes)[:, :, None, None].chunk(2, dim=1)
             inner = (1.0 + scale) * inner + shift
         inner = self.conv2(leaky_relu(inner, _SLOPE))
-        outer: Tensor = self.around(x)
-        return (inner + outer) / math.sqrt(2.0)
+        total: Tensor = inner + self.around(x)
+        return total / math.sqrt(2.0)
 
 
 def _halved(x: Tensor) -> Tensor:
