@@ -6,6 +6,7 @@ at the start and by the largest share, so that they lie around [0, 1]; lower is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, softmax
 
-from cmd_plugin.errors import InputError, ShapeError
+from cmd_plugin.errors import ShapeError
 
 __all__ = [
     "DELETED_SHARES",
@@ -53,11 +54,10 @@ class Curve(NamedTuple):
     def area(self) -> float:
         """Area under the curve, by trapezoids, over the accuracy at the start and the last share.
 
-        Raises:
-            InputError: If the classifier was never right to begin with.
+        NaN where the classifier was right on none of the images to begin with.
         """
         if not self.accuracy[0]:
-            raise InputError("the classifier is right on none of these images: nothing to lose.")
+            return math.nan
         height = torch.tensor(self.accuracy, dtype=torch.float64)
         area = torch.trapezoid(height, torch.tensor(self.shares, dtype=torch.float64))
         return float(area) / self.accuracy[0] / self.shares[-1]
@@ -223,9 +223,10 @@ def greedy_ranking(
 def normalised_area(area: float, at_random: float, greedy: float) -> float | None:
     """Where an area lies between that of a random ranking, 0, and the greedy one, 1.
 
-    None if the two are the same, so that nothing lies between.
+    None if the two are the same, so that nothing lies between, or an area is not known.
     """
-    return None if at_random == greedy else (at_random - area) / (at_random - greedy)
+    width = at_random - greedy
+    return (at_random - area) / width if width and math.isfinite(area + width) else None
 
 
 @torch.no_grad()

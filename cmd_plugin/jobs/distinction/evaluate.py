@@ -21,7 +21,7 @@ from cmd_plugin.jobs.distinction.rivals import rival_maps
 from cmd_plugin.runs import figures
 from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.process import own_random_state, own_threads
-from cmd_plugin.runs.result import Result
+from cmd_plugin.runs.result import Result, finite
 
 __all__ = ["run"]
 
@@ -95,7 +95,7 @@ def _measure(
             name: {k: v for k, v in r.items() if k != "curves"} for name, r in measured.items()
         },
         "rivals_left_out": left_out,
-        "limits": {name: {k: c.area for k, c in each.items()} for name, each in limits.items()},
+        "limits": {n: {k: finite(c.area) for k, c in each.items()} for n, each in limits.items()},
         "split": report.as_dict(),
         "warnings": report.warnings(),
         "curves": {name: each["curves"] for name, each in {_OURS: ours, **measured}.items()},
@@ -131,8 +131,8 @@ def _measure_map(
     return {
         "plant": recovered,
         "auc": {
-            "removal": {name: curve.area for name, curve in removal.items()},
-            "deletion": {name: curve.area for name, curve in deletion.items()} | placed,
+            "removal": {name: finite(curve.area) for name, curve in removal.items()},
+            "deletion": {name: finite(curve.area) for name, curve in deletion.items()} | placed,
         },
         "curves": {
             "removal": removal["classifier"].accuracy,
@@ -148,7 +148,9 @@ def _limits(
     """Curves of deletion at random, and by the greedy ranking of some of the images."""
     draw = torch.Generator().manual_seed(options.seed)
     at_random = torch.rand(len(x), 1, *x.shape[-2:], generator=draw)
-    some = slice(0, options.limit_images)
+    with torch.no_grad():  # of an image that is answered wrongly there is nothing to learn
+        right = classify(x).argmax(dim=1) == labels
+    some = (~right).long().argsort(stable=True)[: options.limit_images]
     patch = _patch(x.shape[-2], x.shape[-1])
     found: dict[str, dict[str, Curve]] = {_RANDOM: {}, "greedy": {}}
     for name, fill in _FILLS.items():

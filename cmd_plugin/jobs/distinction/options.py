@@ -168,12 +168,21 @@ class EvaluateOptions(JobOptions):
         32, "Images of these for the greedy ranking, which is slow.", panel=_IMAGES, at_least=1
     )
     rival: tuple[str, ...] = option(
-        RIVAL_NAMES, "Rivals to measure.", panel=_IMAGES, choices=RIVAL_NAMES
+        RIVAL_NAMES,
+        f"Measure this rival; one or more of {', '.join(RIVAL_NAMES)}.",
+        panel=_IMAGES,
     )
     seed: int = option(0, "Of random rankings and sampling rivals.", panel=_IMAGES, at_least=0)
     threads: int | None = option(
         None, "CPU threads; default: torch's choice.", panel=_MACHINE, at_least=1, free=True
     )
+
+    def check_together(self) -> None:
+        """Refuse rivals that there are not."""
+        for name in self.rival:
+            if name not in RIVAL_NAMES:
+                known = ", ".join(RIVAL_NAMES)
+                raise InputError(f"--rival must be one of {known}, got {name}.")
 
 
 @dataclass(frozen=True, kw_only=True)
