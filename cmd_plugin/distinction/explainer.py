@@ -32,6 +32,7 @@ _NOT_SAVED = ("decomposer.classifier.", "judge.")
 _STEPS, _HASH = "distinction_steps", "distinction_classifier"
 _SETTLED_STEPS = 200  # before, a warning would be about a beginning
 _WARMUP = 10.0
+_KIND = 20  # letters by which warnings are told apart: numbers come later
 
 
 class DecompositionExplainer(pl.LightningModule):
@@ -114,6 +115,7 @@ class DecompositionExplainer(pl.LightningModule):
         if levels is None:
             levels = 2 if max(size) <= 32 else 3 if max(size) <= 64 else 4
         self.seed, self.steps = check_seed(seed), 0
+        self._warned: set[str] = set()
         self.lr, self.critic_lr, self.penalty_every, self.ema = lr, critic_lr, penalty_every, ema
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed))
@@ -207,11 +209,17 @@ class DecompositionExplainer(pl.LightningModule):
         self.warn_of(report)
 
     def warn_of(self, report: SplitReport) -> None:
-        """Warn of a collapse, a shortcut or a poor classifier, once training has got going."""
+        """Warn of a collapse, a shortcut or a poor classifier, once training has got going.
+
+        Of each kind once, since it is logged after every epoch.
+        """
         if self.steps < _SETTLED_STEPS:
             return
         for sentence in report.warnings():
-            warnings.warn(sentence, stacklevel=2)
+            kind = sentence[:_KIND]
+            if kind not in self._warned:
+                self._warned.add(kind)
+                warnings.warn(sentence, stacklevel=2)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

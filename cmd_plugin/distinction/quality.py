@@ -92,7 +92,7 @@ class SplitReport(NamedTuple):
             found.append(
                 f"without the distinct part the classifier loses {self.shortcut:.0%} more accuracy "
                 "on one class than an independent judge does: the part holds a pattern that fools "
-                "the classifier, not evidence; use the objective dxai_distilled."
+                "the classifier, not evidence; use the objective dxai_distilled, and train longer."
             )
         return found
 
