@@ -72,6 +72,19 @@ COMMANDS = (
         "diffusion memorization",
         *("diffusion.options", "MemorizationOptions"),
         *("diffusion.memorization:run", "show_diffusion:show_memorization"),
+        "distinction train",
+        *("distinction.options", "TrainOptions"),
+        *("distinction.train:run", "show_distinction:show_train"),
+    ),
+    _job(
+        "distinction evaluate",
+        *("distinction.options", "EvaluateOptions"),
+        *("distinction.evaluate:run", "show_distinction:show_evaluate"),
+    ),
+    _job(
+        "distinction explain",
+        *("distinction.options", "ExplainOptions"),
+        *("distinction.explain:run", "show_distinction:show_explain"),
     ),
     _job(
         "federated simulate",
