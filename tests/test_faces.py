@@ -28,6 +28,10 @@ FORBIDDEN = {
     "cmd_plugin.clip": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS - {"clip"}},
     "cmd_plugin.data": {"flwr", *LIGHTNING, *PICTURES, *METHODS, "torchvision", "timm"},
     "cmd_plugin.diffusion": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS - {"diffusion"}},
+    "cmd_plugin.distinction": {
+        *{"flwr", *LIGHTNING, *PICTURES, *LATE},
+        *METHODS - {"distinction"},
+    },
     "cmd_plugin.errors": {"torch", "numpy"},
     "cmd_plugin.federated": {*LIGHTNING, *PICTURES, *LATE, "pointcloud"},
     "cmd_plugin.kernels": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS},
@@ -43,13 +47,19 @@ ALSO = {
     "cmd_plugin.callbacks.MemorizationMonitor": {"pointcloud", "clip", "modes"},
     "cmd_plugin.callbacks.PointImportanceMonitor": {"diffusion", "clip"},
 }
-MAY = {"cmd_plugin.clip.Whitener": {"sklearn"}}
+_ENGINES = {*LIGHTNING, *PICTURES, "torchvision"}
+MAY = {
+    "cmd_plugin.clip.Whitener": {"sklearn"},
+    "cmd_plugin.distinction.DecompositionAttribution": {*_ENGINES, "captum"},
+    "cmd_plugin.distinction.DecompositionExplainer": _ENGINES,
+}
 
 # What every name of a room needs, and what takes seconds to import.
 START = {
     "cmd_plugin.errors": (),
     "cmd_plugin.callbacks": ("torch", "pytorch_lightning", "lightning.pytorch"),
     "cmd_plugin.clip": ("torch", "torchmetrics"),  # a metric is one of theirs
+    "cmd_plugin.distinction": ("torch", "torchmetrics"),
     "cmd_plugin.pointcloud": ("torch", "torchmetrics"),
     "cmd_plugin.federated": ("torch", "flwr.app", "flwr.clientapp", "flwr.serverapp.strategy"),
 }

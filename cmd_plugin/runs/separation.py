@@ -38,7 +38,7 @@ def average_precision(low: Tensor, high: Tensor) -> float:
     Args and errors are those of :func:`auroc`.
     """
     low, high = _checked(low, high)
-    steps = high.unique()
+    steps = torch.unique(high)
     found = len(high) - torch.searchsorted(high.sort().values, steps)
     wrong = len(low) - torch.searchsorted(low.sort().values, steps)
     gained = found - torch.cat([found[1:], found.new_zeros(1)])

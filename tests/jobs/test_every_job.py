@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from cmd_plugin.cli.commands import COMMANDS
@@ -23,6 +24,7 @@ from cmd_plugin.pointcloud import build_network
 from cmd_plugin.runs.folder import RunFolder
 from cmd_plugin.runs.job import Job
 from cmd_plugin.runs.result import Result
+from tests.helpers.distinction import model_folder
 from tests.helpers.jobs import JobCase, published, start
 
 CASES = [
@@ -74,6 +76,29 @@ CASES = [
         ("--directions", "6"),
     ),
     JobCase(
+        "distinction train",
+        (
+            *("--plant", "cross", "--train-limit", "60", "--image-size", "8", "--model", "cnn:4"),
+            *("--judge", "cnn:4", "--classifier-epochs", "1", "--epochs", "2", "--width", "4"),
+            *("--branches", "2", "--threads", "1"),
+        ),
+        ("--lr", "0.01"),
+    ),
+    JobCase(
+        "distinction evaluate",
+        (
+            *("--model", "{inputs}/split", "--images", "12", "--limit-images", "1"),
+            *("--rival", "saliency", "--rival", "random", "--threads", "1"),
+        ),
+        ("--seed", "1"),
+    ),
+    JobCase(
+        "distinction explain",
+        ("{inputs}/pictures", "--model", "{inputs}/split", "--threads", "1"),
+        ("--target", "with"),
+        varying=("page.html",),
+    ),
+    JobCase(
         "federated simulate",
         (
             *("--clients", "2", "--rounds", "4", "--warmup", "2", "--train-limit", "80"),
@@ -121,6 +146,7 @@ IDS = [case.name for case in CASES]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What commands read: checkpoints, a cloud with a network, embeddings, a denoiser."""
+    """What commands read: four checkpoints, a cloud and pictures with networks for them."""
     folder = tmp_path_factory.mktemp("inputs")
     draw = torch.Generator().manual_seed(0)
     weights = torch.randn(40, generator=draw)
@@ -145,6 +171,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "denoiser/model.safetensors"
     )
     ProbeSet(pixels[0], pixels[1]).save(folder / "denoiser/probes.safetensors")
+    model_folder(folder / "split", plant="cross")
+    (folder / "pictures").mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(256, size=(8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"pictures/{number}.png")
     return folder
 
 
