@@ -274,7 +274,7 @@ def _own_log_likelihood(whitening: Whitening, statistics: GaussianStatistics) ->
     """Mean log-likelihood of the very rows a whitening was fitted to, from their sums."""
     rows, _, covariance = statistics.compute()
     squared = float((whitening.matrix * (covariance @ whitening.matrix)).sum()) * (rows - 1) / rows
-    return -0.5 * (whitening.dim * math.log(2.0 * math.pi) + squared)
+    return -0.5 * (whitening.vectors.shape[1] * math.log(2.0 * math.pi) + squared)
 
 
 def _rows_of_all(trainer: Any, pl_module: Any, x: Tensor) -> Tensor:
