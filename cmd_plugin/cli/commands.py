@@ -74,6 +74,16 @@ COMMANDS = (
         *("diffusion.memorization:run", "show_diffusion:show_memorization"),
     ),
     _job(
+        "diffusion calibrate",
+        *("diffusion.options", "CalibrateOptions"),
+        *("diffusion.detect:calibrate", "show_diffusion:show_calibrate"),
+    ),
+    _job(
+        "diffusion detect",
+        *("diffusion.options", "DetectOptions"),
+        *("diffusion.detect:detect", "show_diffusion:show_detect"),
+    ),
+    _job(
         "distinction train",
         *("distinction.options", "TrainOptions"),
         *("distinction.train:run", "show_distinction:show_train"),

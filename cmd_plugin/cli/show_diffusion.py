@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cmd_plugin.runs.result import Result
 
-__all__ = ["show_memorization", "show_train"]
+__all__ = ["show_calibrate", "show_detect", "show_memorization", "show_train"]
 
 
 def show_train(result: Result) -> None:
@@ -54,6 +54,41 @@ def show_memorization(result: Result) -> None:
     else:
         console.print(_doses(found["auroc"], found["t"][0]))
     for line in found.get("left_out", ()):
+        console.print(f"left out: {line}", soft_wrap=True)
+
+
+def show_calibrate(result: Result) -> None:
+    """Print how far real images reach."""
+    found, console = result.metrics, _console()
+    console.print(
+        f"{found['images']} real images; mean and one standard deviation of the criterion "
+        f"{found['threshold']:.4g}; smallest p-value {found['smallest_p']:.3g}"
+    )
+    for line in found["left_out"]:
+        console.print(f"left out: {line}", soft_wrap=True)
+
+
+def show_detect(result: Result) -> None:
+    """Print how many images are real, generated or unsure, and how well kinds are told."""
+    found, console = result.metrics, _console()
+    counts = ", ".join(f"{count} {kind}" for kind, count in found["counts"].items())
+    console.print(
+        f"{result.data['images']} images at level {found['level']:g}: {counts} "
+        f"(against {found['real_images']} real ones)"
+    )
+    for kind, groups in found.get("separation", {}).items():
+        table = Table(
+            box=box.SIMPLE_HEAD, title=f"AUROC, {kind} above real", title_justify="left"
+        )  # fmt: skip
+        table.add_column("statistic")
+        for group in groups:
+            table.add_column(group, justify="right")
+        for name in groups["raw"]:
+            table.add_row(name, *(f"{group[name]['auroc']:.3f}" for group in groups.values()))
+        console.print(table)
+    for line in found["warnings"]:
+        console.print(f"warning: {line}", soft_wrap=True)
+    for line in found["left_out"]:
         console.print(f"left out: {line}", soft_wrap=True)
 
 

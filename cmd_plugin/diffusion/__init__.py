@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cmd_plugin.diffusion.manifold_bias import ManifoldBias as ManifoldBias
     from cmd_plugin.diffusion.manifold_bias import ManifoldBiasDetector as ManifoldBiasDetector
     from cmd_plugin.diffusion.manifold_bias import verdicts as verdicts
+    from cmd_plugin.diffusion.matching import match_histogram as match_histogram
     from cmd_plugin.diffusion.memorization import MemorizationReport as MemorizationReport
     from cmd_plugin.diffusion.memorization import MemorizationScore as MemorizationScore
     from cmd_plugin.diffusion.memorization import separate as separate
@@ -65,6 +66,7 @@ _MODULES = {
     "infer_membership": "suspects",
     "lid_flipd": "references",
     "manifold_features": "few_shot",
+    "match_histogram": "matching",
     "membership_power": "suspects",
     "p_laplace": "laplace",
     "p_laplace_exact": "references",

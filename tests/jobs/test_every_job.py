@@ -19,6 +19,8 @@ from cmd_plugin.cli.main import run
 from cmd_plugin.diffusion import NoiseSchedule, ProbeSet, TrainedDenoiser, build_denoiser
 from cmd_plugin.jobs.clip import fit
 from cmd_plugin.jobs.clip.options import FitOptions
+from cmd_plugin.jobs.diffusion.detect import calibrate
+from cmd_plugin.jobs.diffusion.options import CalibrateOptions
 from cmd_plugin.jobs.points.model import PointNetwork, save_point_network
 from cmd_plugin.pointcloud import build_network
 from cmd_plugin.runs.folder import RunFolder
@@ -74,6 +76,19 @@ CASES = [
         "diffusion memorization",
         ("--model", "{inputs}/denoiser", "--directions", "4", "--threads", "1"),
         ("--directions", "6"),
+    ),
+    JobCase(
+        "diffusion calibrate",
+        ("{inputs}/images.npy", "--model", "{inputs}/denoiser", "--threads", "1"),
+        ("--directions", "6"),
+    ),
+    JobCase(
+        "diffusion detect",
+        (
+            *("{inputs}/images.npy", "--model", "{inputs}/denoiser", "--threads", "1"),
+            *("--reference", "{inputs}/reals"),
+        ),
+        ("--level", "0.1"),
     ),
     JobCase(
         "distinction train",
@@ -171,6 +186,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "denoiser/model.safetensors"
     )
     ProbeSet(pixels[0], pixels[1]).save(folder / "denoiser/probes.safetensors")
+    np.save(folder / "images.npy", pixels[0].numpy() / 2 + 0.5)
+    reals = CalibrateOptions(images=(folder / "images.npy",), model=folder / "denoiser")
+    calibrate(reals, folder / "reals")
     model_folder(folder / "split", plant="cross")
     (folder / "pictures").mkdir()
     for number in range(2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from cmd_plugin.diffusion import (
     separate_doses,
 )
 from cmd_plugin.diffusion.plots import plot_contact_sheet
-from cmd_plugin.errors import InputError, NonFiniteError
+from cmd_plugin.errors import InputError
 from cmd_plugin.jobs.diffusion.model import Images, LoadedModel, load_model, read_for
 from cmd_plugin.jobs.diffusion.options import MemorizationOptions
+from cmd_plugin.jobs.diffusion.scoring import Scored, score_images
 from cmd_plugin.runs.figures import save_figure
 from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.process import own_random_state, own_threads
@@ -29,7 +29,6 @@ from cmd_plugin.runs.result import Result
 
 __all__ = ["run"]
 
-_PART = 64  # images scored between rows on disk
 _SHOWN = 16
 _POWER = (10, 30, 70)
 
@@ -80,8 +79,7 @@ def _of_probes(
     assert probes.doses is not None
     parts = {"members": probes.members, "held_out": probes.held_out}
     reports = {
-        name: _scored(job, f"{name}.csv", score, [str(n) for n in range(len(images))], images)[0]
-        for name, images in parts.items()
+        name: _scored(job, f"{name}.csv", score, images)[0] for name, images in parts.items()
     }
     members, held_out = reports["members"], reports["held_out"]
     by_dose = separate_doses(held_out, members, probes.each_dose())
@@ -108,7 +106,7 @@ def _of_folder(
     job: Job, path: Path, loaded: LoadedModel, score: MemorizationScore
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     images = read_for(loaded, path)
-    report, kept, lost = _of_images(job, "scores.csv", score, images)
+    report, (_, kept, lost) = _scored(job, "scores.csv", score, images)
     headline = report.evidence("p1")[:, 0]
     top = headline.argsort(descending=True, stable=True)[:_SHOWN].tolist()
     shown = torch.cat([images.read(kept[n], kept[n] + 1) for n in top]) * 2.0 - 1.0
@@ -142,9 +140,9 @@ def _of_sets(
     features: dict[str, Tensor] = {}
     left_out: list[str] = []
     for name, images in sets.items():
-        report, _, lost = _of_images(job, f"{name}.csv", score, images)
+        report, scored = _scored(job, f"{name}.csv", score, images)
         features[name] = report.features()
-        left_out += [*images.skipped(), *lost]
+        left_out += [*images.skipped(), *scored.lost]
     job.report("test", 0, 2)
     suspects, controls = features["suspects"], features["controls"]
     test = infer_membership(
@@ -163,64 +161,17 @@ def _of_sets(
     }, {"suspects": test.suspects, "controls": test.controls}
 
 
-def _of_images(
-    job: Job, table: str, score: MemorizationScore, images: Images
-) -> tuple[MemorizationReport, list[int], list[str]]:
-    """The report of a folder, which of its images are in it, and what could not be scored."""
-    return _scored(job, table, score, list(images.found.names), images)
-
-
 def _scored(
-    job: Job, table: str, score: MemorizationScore, names: list[str], images: Images | Tensor
-) -> tuple[MemorizationReport, list[int], list[str]]:
-    """Score images part by part into a table; what an earlier process scored is read from it."""
+    job: Job, table: str, score: MemorizationScore, images: Images | Tensor
+) -> tuple[MemorizationReport, Scored]:
     columns = _columns(score)
-    rows = job.table(table, {"number": int, "name": str, **dict.fromkeys(columns, float)})
-    done = rows.rows()
-    start = done[-1][0] + 1 if done else 0
-    for first in range(start, len(names), _PART):
-        last = min(first + _PART, len(names))
-        if isinstance(images, Tensor):
-            part = images[first:last]
-        else:
-            part = images.read(first, last) * 2.0 - 1.0
-        rows.append(_score_part(score, part, first, names))
-        job.report(Path(table).stem, last, len(names))
-    done = rows.rows()
-    values = torch.tensor([row[2:] for row in done], dtype=torch.float64)
-    kept = values.isfinite().all(1)
-    lost = [
-        f"{row[1]} NaN or infinite values of the model"
-        for row, sound in zip(done, kept.tolist(), strict=True)
-        if not sound
-    ]
-    if not bool(kept.any()):
-        raise InputError("the model returned NaN or infinite values for every image.")
-    report = _as_report(score, values[kept], columns)
-    return report, [row[0] for row, sound in zip(done, kept.tolist(), strict=True) if sound], lost
 
+    def numbers(part: Tensor) -> Tensor:
+        report = score(part)
+        return torch.cat([*report.values.values(), *report.standard_error.values()], dim=1)
 
-def _score_part(
-    score: MemorizationScore, part: Tensor, first: int, names: list[str]
-) -> list[list[Any]]:
-    """Rows of a part; one image the model cannot bear does not cost the others."""
-    report = _try(score, part)
-    reports = [report] if report is not None else [_try(score, image[None]) for image in part]
-    tables = [
-        torch.full((1, len(_columns(score))), math.nan)
-        if found is None
-        else torch.cat([*found.values.values(), *found.standard_error.values()], dim=1)
-        for found in reports
-    ]
-    lines = torch.cat([table.double() for table in tables]).tolist()
-    return [[first + n, names[first + n], *line] for n, line in enumerate(lines)]
-
-
-def _try(score: MemorizationScore, images: Tensor) -> MemorizationReport | None:
-    try:
-        return score(images)
-    except NonFiniteError:
-        return None
+    scored = score_images(job, table, columns, images, numbers)
+    return _as_report(score, scored.values, columns), scored
 
 
 def _columns(score: MemorizationScore) -> list[str]:

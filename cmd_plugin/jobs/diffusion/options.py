@@ -1,4 +1,4 @@
-"""The options of ``cmd-plugin diffusion train`` and ``memorization``."""
+"""The options of ``cmd-plugin diffusion``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cmd_plugin.errors import InputError
-from cmd_plugin.runs.options import JobOptions, option
+from cmd_plugin.runs.options import JobOptions, argument, option
 from cmd_plugin.runs.process import ACCELERATORS
 
-__all__ = ["MemorizationOptions", "TrainOptions"]
+__all__ = ["CalibrateOptions", "DetectOptions", "MemorizationOptions", "TrainOptions"]
 
 _DATA = "Data and network"
 _TRAINING = "Training"
 _WATCHING = "Memorisation"
 _MODEL = "Model"
+_DETECTING = "Detector"
 _MACHINE = "Machine"
 
 
@@ -64,10 +65,10 @@ class TrainOptions(JobOptions):
         None, "Hidden width; default 512 of mlp, 32 of unet.", panel=_DATA, at_least=1
     )
     steps: int = option(
-        6000, "Optimizer steps, about: whole epochs are trained.", panel=_TRAINING, at_least=1
+        8000, "Optimizer steps, about: whole epochs are trained.", panel=_TRAINING, at_least=1
     )
     batch_size: int = option(128, "Images in a step.", panel=_TRAINING, at_least=2)
-    lr: float = option(1e-3, "Learning rate, cosine to a tenth.", panel=_TRAINING, above=0)
+    lr: float = option(2e-3, "Learning rate, cosine to a tenth.", panel=_TRAINING, above=0)
     ema: float = option(
         0.999,
         "Decay of the averaged weights, which are the result.",
@@ -160,3 +161,97 @@ class MemorizationOptions(JobOptions):
             raise InputError("--time is empty: give at least one.")
         if self.directions % 2:
             raise InputError(f"--directions come in pairs: {self.directions} is odd.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DetectorOptions(JobOptions):
+    """What decides a score of how generated an image looks."""
+
+    model: Path | None = option(
+        None, "Folder of `diffusion train`, or of a diffusers pipeline.", panel=_MODEL
+    )
+    time: float = option(10.0, "Noise level, as a training step.", panel=_DETECTING, at_least=0)
+    directions: int = option(8, "Directions, in pairs.", panel=_DETECTING, at_least=2)
+    seed: int = option(0, "Of the directions.", panel=_DETECTING, at_least=0)
+    batch_size: int = option(
+        256,
+        "Images per call of the network: bounds the memory.",
+        panel=_MACHINE,
+        at_least=1,
+        free=True,
+    )
+    threads: int | None = option(
+        None, "CPU threads; default: torch's choice.", panel=_MACHINE, at_least=1, free=True
+    )
+
+    def check_together(self) -> None:
+        """Refuse what cannot be asked."""
+        if self.model is None:
+            raise InputError("--model is missing: give the folder of a trained model.")
+        if self.directions % 2:
+            raise InputError(f"--directions come in pairs: {self.directions} is odd.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(_DetectorOptions):
+    """Score real images, which `diffusion detect` then compares others with.
+
+    Writes reference.safetensors (the scores, and the settings they hold for), scores.csv and
+    result.json. The images must be real, of the kind and file format that will be asked about, and
+    none of them may be asked about later.
+
+    Examples:
+      cmd-plugin diffusion calibrate reals/ --model M --out C
+    """
+
+    images: tuple[Path, ...] = argument(
+        "Folder, archive or array of real images.", panel=_MODEL, positional=True
+    )
+
+    def check_together(self) -> None:
+        """Refuse what cannot be asked at once."""
+        super().check_together()
+        if len(self.images) != 1:
+            raise InputError("IMAGES must be one folder, archive or array: put them together.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectOptions(_DetectorOptions):
+    """Say of each image whether a diffusion model made it: real, generated or unsure.
+
+    Unsure is a verdict that changes when the image is delivered in another way: as JPEG 90 or 70,
+    at half its size and back, cropped, as WebP. With a folder for each kind of image, one of them
+    named real, it also says how well each statistic tells the kinds, as they are and with the
+    others' grey levels matched to the real ones'. It knows images of this very model and its kin,
+    at best. Writes scores.csv, verdicts.csv and result.json.
+
+    Examples:
+      cmd-plugin diffusion detect images/ --model M --reference C --out D
+    """
+
+    images: tuple[Path, ...] = argument(
+        "Folder, archive or array of images.", panel=_MODEL, positional=True
+    )
+    reference: Path | None = option(
+        None, "Folder that `diffusion calibrate` wrote with this model.", panel=_MODEL
+    )
+    level: float = option(
+        0.05,
+        "False-positive rate: at most this share of real images is called generated.",
+        panel=_DETECTING,
+        above=0,
+        below=1,
+    )
+    real: str = option(
+        "real", "Name of the folder of real images, where kinds have folders.", panel=_DETECTING
+    )
+
+    def check_together(self) -> None:
+        """Refuse what cannot be asked at once."""
+        super().check_together()
+        if len(self.images) != 1:
+            raise InputError("IMAGES must be one folder, archive or array: put them together.")
+        if self.reference is None:
+            raise InputError(
+                "--reference is missing: give the folder that `diffusion calibrate` wrote."
+            )
