@@ -34,12 +34,20 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "tint": {"plant": "tint"},
     "control": {"random_labels": True},
     "mnist 3 or 8": {
-        "data": "mnist", "pick": ("3", "8"), "image_size": 16,
-        "train_limit": 40_000, "epochs": 2, "classifier_epochs": 5,
+        "data": "mnist",
+        "pick": ("3", "8"),
+        "image_size": 16,
+        "train_limit": 40_000,
+        "epochs": 2,
+        "classifier_epochs": 5,
     },
     "mnist 4 or 9": {
-        "data": "mnist", "pick": ("4", "9"), "image_size": 16,
-        "train_limit": 40_000, "epochs": 2, "classifier_epochs": 5,
+        "data": "mnist",
+        "pick": ("4", "9"),
+        "image_size": 16,
+        "train_limit": 40_000,
+        "epochs": 2,
+        "classifier_epochs": 5,
     },
 }
 

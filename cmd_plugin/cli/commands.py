@@ -72,6 +72,8 @@ COMMANDS = (
         "diffusion memorization",
         *("diffusion.options", "MemorizationOptions"),
         *("diffusion.memorization:run", "show_diffusion:show_memorization"),
+    ),
+    _job(
         "distinction train",
         *("distinction.options", "TrainOptions"),
         *("distinction.train:run", "show_distinction:show_train"),

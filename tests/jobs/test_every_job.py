@@ -67,6 +67,15 @@ CASES = [
         (
             *("--duplicate", "4x2,4x8", "--singles", "30", "--held-out", "20", "--width", "16"),
             *("--steps", "6", "--batch-size", "32", "--looks", "2", "--threads", "1"),
+        ),
+        ("--lr", "0.01"),
+    ),
+    JobCase(
+        "diffusion memorization",
+        ("--model", "{inputs}/denoiser", "--directions", "4", "--threads", "1"),
+        ("--directions", "6"),
+    ),
+    JobCase(
         "distinction train",
         (
             *("--plant", "cross", "--train-limit", "60", "--image-size", "8", "--model", "cnn:4"),
@@ -76,9 +85,6 @@ CASES = [
         ("--lr", "0.01"),
     ),
     JobCase(
-        "diffusion memorization",
-        ("--model", "{inputs}/denoiser", "--directions", "4", "--threads", "1"),
-        ("--directions", "6"),
         "distinction evaluate",
         (
             *("--model", "{inputs}/split", "--images", "12", "--limit-images", "1"),
