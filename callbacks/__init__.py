@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cmd_plugin.callbacks.embedding_geometry import (
         EmbeddingGeometryMonitor as EmbeddingGeometryMonitor,
     )
+    from cmd_plugin.callbacks.memorization import MemorizationMonitor as MemorizationMonitor
     from cmd_plugin.callbacks.point_importance import (
         PointImportanceMonitor as PointImportanceMonitor,
     )
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CMDCallback": "cmd",
     "EmbeddingGeometryMonitor": "embedding_geometry",
+    "MemorizationMonitor": "memorization",
     "PointImportanceMonitor": "point_importance",
 }
 

@@ -16,6 +16,8 @@ _ROOMS = (
     "callbacks",
     "clip",
     "data",
+    "diffusion",
+    "distinction",
     "errors",
     "federated",
     "kernels",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
-from cmd_plugin.kernels.pointer_table import PointerTable
+from cmd_plugin.kernels.pointer_table import PointerTable, strides_of
 
 __all__ = ["BLOCK", "FlatView", "Weights", "as_view", "tensors_of"]
 
@@ -72,40 +73,55 @@ class FlatView:
             dtype = torch.float64 if double else torch.float32
         self.dtype = dtype
         self.block = block
-        self._pieces: list[list[_Piece]] = [[] for _ in range(-(-self.numel // block))]
-        self._views: list[list[Tensor] | None] = []
         self._packed: FlatView | None = None
-        self._contiguous: list[_Piece] | None = None
         self._places: tuple[Tensor, list[_Place]] | None = None
         self._addresses: tuple[_Integers, _Integers] | None = None
         self._table: PointerTable | None = None
-        self._plan()
 
-    def _plan(self) -> None:
-        starts: list[int] = [0]
-        for tensor in self._tensors:
-            starts.append(starts[-1] + tensor.numel())
-        self._starts = torch.tensor(starts)
-        for index, tensor in enumerate(self._tensors):
-            low, end = starts[index], starts[index] + tensor.numel()
+    # What follows is made when it is asked for: kernels on a GPU ask for none of it, and at a
+    # billion weights it takes many times as long as they do.
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        """Flat position [T + 1] int64 of each tensor, and N."""
+        return torch.tensor([0, *accumulate(tensor.numel() for tensor in self._tensors)])
+
+    @cached_property
+    def _pieces(self) -> list[list[_Piece]]:
+        """The parts of tensors that each block is made of."""
+        found: list[list[_Piece]] = [[] for _ in range(-(-self.numel // self.block))]
+        for tensor, start in zip(self._tensors, self._starts.tolist(), strict=False):
+            low, end = start, start + tensor.numel()
             while low < end:
                 number = low // self.block
                 high = min(end, (number + 1) * self.block)
-                self._pieces[number].append((tensor, low - starts[index], high - starts[index]))
+                found[number].append((tensor, low - start, high - start))
                 low = high
+        return found
+
+    @cached_property
+    def _views(self) -> list[list[Tensor] | None]:
+        """Those parts as vectors; None for a block of which some would have to be copied."""
+        found: list[list[Tensor] | None] = []
         for pieces in self._pieces:
             views = [
                 tensor.view(-1)[a:b]
                 for tensor, a, b in pieces
                 if tensor.is_contiguous() and tensor.dtype == self.dtype
             ]
-            self._views.append(views if len(views) == len(pieces) else None)
-        if all(views is not None for views in self._views):
-            start = 0
-            self._contiguous = []
-            for view in (view for views in self._views for view in views or ()):
-                self._contiguous.append((view, start, start + view.numel()))
-                start += view.numel()
+            found.append(views if len(views) == len(pieces) else None)
+        return found
+
+    @cached_property
+    def _contiguous(self) -> list[_Piece] | None:
+        """All of them with their flat positions; None if some would have to be copied."""
+        if any(views is None for views in self._views):
+            return None
+        start, found = 0, []
+        for view in (view for views in self._views for view in views or ()):
+            found.append((view, start, start + view.numel()))
+            start += view.numel()
+        return found
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -113,13 +129,37 @@ class FlatView:
         return self._tensors
 
     def empty_like(self) -> FlatView:
-        """Return a view of new, uninitialised tensors of the same shapes, dtypes and strides."""
-        return FlatView([torch.empty_like(t) for t in self._tensors], self.block, self.dtype)
+        """Return a view of new, uninitialised tensors of the same shapes, dtypes and strides.
 
-    def pointer_table(self) -> PointerTable:
-        """Return where every block of weights lies, for kernels that read all of them at once."""
+        Those of one dtype lie behind one another in one piece of memory, each at a place that 16
+        divides. (Where strides leave gaps or overlap, a tensor is made contiguous.)
+        """
+        room: dict[torch.dtype, int] = {}
+        for tensor in self._tensors:
+            room[tensor.dtype] = room.get(tensor.dtype, 0) + _padded(tensor.numel())
+        memory = {d: torch.empty(n, dtype=d, device=self.device) for d, n in room.items()}
+        made: list[Tensor] = []
+        for tensor in self._tensors:
+            flat = memory[tensor.dtype][: tensor.numel()]
+            memory[tensor.dtype] = memory[tensor.dtype][_padded(tensor.numel()) :]
+            strides = torch.empty_like(tensor, device="meta").stride()
+            made.append(flat.as_strided(tensor.shape, strides))
+        return FlatView(made, self.block, self.dtype)
+
+    def pointer_table(self, beside: FlatView | None = None) -> PointerTable:
+        """Return where every block of weights lies, for kernels that read all of them at once.
+
+        Args:
+            beside: Another view of the same shapes: both tables have the same launches then.
+        """
+        own = strides_of(self._tensors)
+        if beside is not None:
+            others = strides_of(beside._tensors)
+            either = [a or b for a, b in zip(own, others, strict=True)]
+            if either != own:
+                return PointerTable(self._tensors, either)
         if self._table is None:
-            self._table = PointerTable(self._tensors)
+            self._table = PointerTable(self._tensors, own)
         return self._table
 
     def is_current(self, tensors: Sequence[Tensor]) -> bool:
@@ -176,9 +216,10 @@ class FlatView:
     def pieces(self) -> list[_Piece] | None:
         """Return (values [n], start, stop) of the pieces that blocks are made of, all views.
 
-        None if some tensor is not contiguous or of another dtype and would have to be copied.
+        They are what compiled loops of the CPU read. None on another device, or if some tensor is
+        not contiguous or of another dtype and would have to be copied.
         """
-        return self._contiguous
+        return self._contiguous if self.device.type == "cpu" else None
 
     def addresses(self) -> tuple[_Integers, _Integers]:
         """Return (address of each piece [P] uint64, its flat position and N [P + 1] int64).
@@ -311,6 +352,11 @@ def _sum_of_squares(tensors: Sequence[Tensor]) -> float:
     norms = [*torch._foreach_norm(full)] if full else []
     norms += torch._foreach_norm(half, dtype=torch.float32) if half else []
     return float(torch.stack([norm.double() for norm in norms]).square().sum()) if norms else 0.0
+
+
+def _padded(numel: int) -> int:
+    """Return the next number that 16 divides."""
+    return numel + -numel % 16
 
 
 def _write(target: Tensor, values: Tensor, mask: Tensor | None) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "RECORD", "STRIDED", "Launch", "PointerTable"]
+__all__ = ["BLOCK", "RECORD", "STRIDED", "Launch", "PointerTable", "strides_of"]
 
 BLOCK = 1024  # weights a program handles
 RECORD = 5  # int64 numbers of a record, see PointerTable
@@ -17,18 +18,22 @@ _DIMENSIONS = 5
 _ALIGNMENT = 16  # bytes of an address, and values of a position, that let 16-byte loads be used
 
 
+_Row = tuple[int, int, int, int]  # of a tensor: address, flat position, number of values, kind
+
+
 class Launch(NamedTuple):
-    """All blocks of the tensors of one dtype.
+    """All blocks of the tensors of one dtype that are contiguous, or of those that are not.
 
     Attributes:
         dtype: Their dtype.
         records: [P, 5] int64 on the tensors' device, see :class:`PointerTable`.
-        shapes: [S, 9] int64 on the tensors' device.
+        shapes: [S, 9] int64 on the tensors' device; None if the tensors are contiguous: a kernel
+            is compiled without the code for strides then, which needs twice the registers.
     """
 
     dtype: torch.dtype
     records: Tensor
-    shapes: Tensor
+    shapes: Tensor | None
 
     @property
     def programs(self) -> int:
@@ -37,7 +42,7 @@ class Launch(NamedTuple):
 
 
 class PointerTable:
-    """Addresses of the blocks of tensors that stay where they are, one launch per dtype.
+    """Addresses of the blocks of tensors that stay where they are, one launch or two per dtype.
 
     A record is (address of the tensor, first value of the block inside the tensor, its position in
     the flat vector, number of values, kind). Kind 1 is a whole block at aligned places, which is
@@ -48,28 +53,34 @@ class PointerTable:
     Args:
         tensors: Tensors on one device, each :meth:`addressable`. The table is good as long as they
             stay where they are.
+        strided: Which of them to describe by strides; those that are not contiguous if None. Two
+            tables of the same shapes have the same launches if this is the same.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], strided: Sequence[bool] | None = None) -> None:
+        strided = strides_of(tensors) if strided is None else strided
         device = tensors[0].device
-        parts: dict[torch.dtype, list[Tensor]] = {}
+        rows: dict[tuple[torch.dtype, bool], list[_Row]] = {}
         shapes: dict[torch.dtype, list[list[int]]] = {}
         position = 0
-        for tensor in tensors:
+        for tensor, stepped in zip(tensors, strided, strict=True):
             if tensor.numel():
-                strided = shapes.setdefault(tensor.dtype, [])
-                part = _records(tensor, position, len(strided))
-                if not tensor.is_contiguous():
-                    strided.append(_shape(tensor))
-                parts.setdefault(tensor.dtype, []).append(part)
+                aligned = not (tensor.data_ptr() % _ALIGNMENT or position % _ALIGNMENT)
+                kind = int(aligned)
+                if stepped:
+                    known = shapes.setdefault(tensor.dtype, [])
+                    kind = 2 + len(known)
+                    known.append(_shape(tensor))
+                row = (tensor.data_ptr(), position, tensor.numel(), kind)
+                rows.setdefault((tensor.dtype, stepped), []).append(row)
             position += tensor.numel()
         self.launches = [
             Launch(
                 dtype,
-                torch.cat(records).to(device),
-                torch.tensor(shapes[dtype] or [[0] * STRIDED], dtype=torch.int64).to(device),
+                _records(found, device),
+                torch.tensor(shapes[dtype], dtype=torch.int64).to(device) if stepped else None,
             )
-            for dtype, records in parts.items()
+            for (dtype, stepped), found in rows.items()
         ]
 
     @staticmethod
@@ -83,24 +94,32 @@ class PointerTable:
         return sum(launch.programs for launch in self.launches)
 
 
-def _records(tensor: Tensor, position: int, strided: int) -> Tensor:
-    """Return the records [P, 5] of one tensor."""
-    first = torch.arange(0, tensor.numel(), BLOCK, dtype=torch.int64)
-    records = torch.empty(len(first), RECORD, dtype=torch.int64)
-    records[:, 0] = tensor.data_ptr()
-    records[:, 1] = first
-    records[:, 2] = first + position
-    records[:, 3] = (tensor.numel() - first).clamp_(max=BLOCK)
-    if tensor.is_contiguous():
-        aligned = tensor.data_ptr() % _ALIGNMENT == 0 and position % _ALIGNMENT == 0
-        records[:, 4] = (records[:, 3] == BLOCK) & aligned
-    else:
-        records[:, 4] = 2 + strided
-    return records
+def strides_of(tensors: Sequence[Tensor]) -> list[bool]:
+    """Return which tensors need strides to be described: those that are not contiguous."""
+    return [not tensor.is_contiguous() for tensor in tensors]
+
+
+def _records(rows: list[_Row], device: torch.device) -> Tensor:
+    """Return the records [P, 5], made on the device of (address, position, N, kind) a tensor."""
+    counts = [-(-numel // BLOCK) for _, _, numel, _ in rows]
+    firsts = [0, *accumulate(counts[:-1])]
+    table = torch.tensor(
+        [(*row, count, first) for row, count, first in zip(rows, counts, firsts, strict=True)],
+        dtype=torch.int64,
+    ).to(device)
+    programs = sum(counts)
+    table = table.repeat_interleave(table[:, 4], dim=0, output_size=programs)
+    address, position, numel, kind, _, first = table.unbind(1)
+    inside = (torch.arange(programs, device=device) - first) * BLOCK
+    count = (numel - inside).clamp_(max=BLOCK)
+    kind = kind.where((kind != 1) | (count == BLOCK), 0)
+    return torch.stack([address, inside, inside + position, count, kind], dim=1)
 
 
 def _shape(tensor: Tensor) -> list[int]:
     """Return the last four sizes and the five strides of a tensor, padded in front."""
+    if tensor.is_contiguous():
+        tensor = tensor.view(-1)  # it may have more dimensions than five
     missing = _DIMENSIONS - tensor.ndim
     sizes = [1] * missing + list(tensor.shape)
     return sizes[1:] + [0] * missing + list(tensor.stride())

@@ -20,13 +20,18 @@ METHODS = {"modes", "pointcloud", "diffusion", "clip", "distinction"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 PICTURES = {"matplotlib", "plotly"}
 TOWERS = {"open_clip", "transformers"}
-LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh"}
+LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh", "diffusers", *TOWERS}
 
 # What must not come along with any name of a room.
 FORBIDDEN = {
     "cmd_plugin.callbacks": {"flwr", *PICTURES, *LATE},
-    "cmd_plugin.clip": {"flwr", *LIGHTNING, *PICTURES, *LATE, *TOWERS, "modes", "pointcloud"},
+    "cmd_plugin.clip": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS - {"clip"}},
     "cmd_plugin.data": {"flwr", *LIGHTNING, *PICTURES, *METHODS, "torchvision", "timm"},
+    "cmd_plugin.diffusion": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS - {"diffusion"}},
+    "cmd_plugin.distinction": {
+        *{"flwr", *LIGHTNING, *PICTURES, *LATE},
+        *METHODS - {"distinction"},
+    },
     "cmd_plugin.errors": {"torch", "numpy"},
     "cmd_plugin.federated": {*LIGHTNING, *PICTURES, *LATE, "pointcloud"},
     "cmd_plugin.kernels": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS},
@@ -36,14 +41,25 @@ FORBIDDEN = {
     "cmd_plugin.runs": {"flwr", *LIGHTNING, *PICTURES, *METHODS, *LATE},
 }
 # What some names must not bring either, and what some may, being made for it.
-ALSO = {"cmd_plugin.callbacks.CMDCallback": {"pointcloud"}}
-MAY = {"cmd_plugin.clip.Whitener": {"sklearn"}}
+ALSO = {
+    "cmd_plugin.callbacks.CMDCallback": {"pointcloud", "diffusion", "clip"},
+    "cmd_plugin.callbacks.EmbeddingGeometryMonitor": {"pointcloud", "diffusion", "modes"},
+    "cmd_plugin.callbacks.MemorizationMonitor": {"pointcloud", "clip", "modes"},
+    "cmd_plugin.callbacks.PointImportanceMonitor": {"diffusion", "clip"},
+}
+_ENGINES = {*LIGHTNING, *PICTURES, "torchvision"}
+MAY = {
+    "cmd_plugin.clip.Whitener": {"sklearn"},
+    "cmd_plugin.distinction.DecompositionAttribution": {*_ENGINES, "captum"},
+    "cmd_plugin.distinction.DecompositionExplainer": _ENGINES,
+}
 
 # What every name of a room needs, and what takes seconds to import.
 START = {
     "cmd_plugin.errors": (),
     "cmd_plugin.callbacks": ("torch", "pytorch_lightning", "lightning.pytorch"),
     "cmd_plugin.clip": ("torch", "torchmetrics"),  # a metric is one of theirs
+    "cmd_plugin.distinction": ("torch", "torchmetrics"),
     "cmd_plugin.pointcloud": ("torch", "torchmetrics"),
     "cmd_plugin.federated": ("torch", "flwr.app", "flwr.clientapp", "flwr.serverapp.strategy"),
 }

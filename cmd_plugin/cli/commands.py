@@ -65,9 +65,67 @@ COMMANDS = (
         *("points.options", "ExplainOptions", "points.explain:run", "show_points:show_explain"),
     ),
     _job(
+        "diffusion train",
+        *("diffusion.options", "TrainOptions", "diffusion.train:run", "show_diffusion:show_train"),
+    ),
+    _job(
+        "diffusion memorization",
+        *("diffusion.options", "MemorizationOptions"),
+        *("diffusion.memorization:run", "show_diffusion:show_memorization"),
+    ),
+    _job(
+        "diffusion calibrate",
+        *("diffusion.options", "CalibrateOptions"),
+        *("diffusion.detect:calibrate", "show_diffusion:show_calibrate"),
+    ),
+    _job(
+        "diffusion detect",
+        *("diffusion.options", "DetectOptions"),
+        *("diffusion.detect:detect", "show_diffusion:show_detect"),
+    ),
+    _job(
+        "distinction train",
+        *("distinction.options", "TrainOptions"),
+        *("distinction.train:run", "show_distinction:show_train"),
+    ),
+    _job(
+        "distinction evaluate",
+        *("distinction.options", "EvaluateOptions"),
+        *("distinction.evaluate:run", "show_distinction:show_evaluate"),
+    ),
+    _job(
+        "distinction explain",
+        *("distinction.options", "ExplainOptions"),
+        *("distinction.explain:run", "show_distinction:show_explain"),
+    ),
+    _job(
         "federated simulate",
         *("federated.options", "SimulateOptions", "federated.simulate:run"),
         "show_federated:show",
+    ),
+    _job(
+        "clip fit",
+        *("clip.options", "FitOptions", "clip.fit:run", "show_clip:show_fit"),
+    ),
+    _job(
+        "clip score",
+        *("clip.options", "ScoreOptions", "clip.score:run", "show_clip:show_score"),
+    ),
+    _job(
+        "clip report",
+        *("clip.options", "ReportOptions", "clip.report:run", "show_clip:show_report"),
+    ),
+    _job(
+        "clip merge",
+        *("clip.options", "MergeOptions", "clip.merge:run", "show_clip:show_merge"),
+    ),
+    _job(
+        "clip compare",
+        *("clip.options", "CompareOptions", "clip.compare:run", "show_clip:show_compare"),
+    ),
+    _job(
+        "clip align",
+        *("clip.options", "AlignOptions", "clip.align:run", "show_clip:show_align"),
     ),
     _job("bench kernels", "bench", "BenchOptions", "bench:run", "show_bench:show"),
 )

@@ -35,9 +35,12 @@ def stdout_for_results() -> Iterator[None]:
 @contextmanager
 def own_warnings() -> Iterator[None]:
     """Show this package's warnings as one line each, other libraries' only when debugging."""
+    said: set[str] = set()  # Python forgets what it has shown whenever a library touches a filter
 
     def show(message: Warning | str, *_: object) -> None:
-        say(f"warning: {message}")
+        if str(message) not in said:
+            said.add(str(message))
+            say(f"warning: {message}")
 
     if os.environ.get(DEBUG_VARIABLE):
         yield

@@ -26,7 +26,9 @@ def show(result: Result) -> None:
     for column in ("ms", "B", "GB/s", "copy", "eager", "compile", "error"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        fused = row["speedup_vs_compile"]
+        if row["seconds"] is None:
+            table.add_row(row["kernel"], *"-" * 8)
+            continue
         table.add_row(
             row["kernel"],
             row["backend"],
@@ -34,8 +36,8 @@ def show(result: Result) -> None:
             f"{row['bytes_per_weight']:g}",
             _short(row["gbps"], 1),
             f"{row['fraction_of_copy']:.0%}",
-            f"{_short(row['speedup_vs_eager'], 1)}x",
-            "-" if fused is None else f"{_short(fused, 1)}x",
+            _times(row["speedup_vs_eager"]),
+            _times(row["speedup_vs_compile"]),
             "wrong" if row["max_error"] is None else f"{row['max_error']:.0e}",
         )
     console = Console(highlight=False, markup=False)
@@ -44,8 +46,15 @@ def show(result: Result) -> None:
         "B: bytes a weight. copy: share of the copy bandwidth. eager, compile: times faster than "
         "the specification in PyTorch. error: largest, against float64."
     )
+    for row in rows:
+        if "memory" in row.get("note", ""):
+            console.print(f"{row['kernel']}: {row['note']}.")
     if rows[0]["device"] == "cpu" and machine["accelerator"] is None:
         console.print("There is no CUDA device here: Triton's kernels were not measured.")
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{_short(value, 1)}x"
 
 
 def _short(value: float, digits: int) -> str:

@@ -43,12 +43,16 @@ if TYPE_CHECKING:
     from cmd_plugin.clip.named_towers import load_tower as load_tower
     from cmd_plugin.clip.normality_tests import Normality as Normality
     from cmd_plugin.clip.normality_tests import normality as normality
+    from cmd_plugin.clip.normalization import NormalizationEffect as NormalizationEffect
+    from cmd_plugin.clip.normalization import normalization_effect as normalization_effect
     from cmd_plugin.clip.paths import slerp as slerp
     from cmd_plugin.clip.paths import slerp_circle as slerp_circle
     from cmd_plugin.clip.paths import vslerp as vslerp
     from cmd_plugin.clip.preprocessing import Preprocessing as Preprocessing
     from cmd_plugin.clip.retrieval import ranks_of as ranks_of
     from cmd_plugin.clip.retrieval import recall_at as recall_at
+    from cmd_plugin.clip.row_scores import SCORES as SCORES
+    from cmd_plugin.clip.row_scores import score_rows as score_rows
     from cmd_plugin.clip.statistics import Gaussian as Gaussian
     from cmd_plugin.clip.statistics import GaussianStatistics as GaussianStatistics
     from cmd_plugin.clip.towers import Tower as Tower
@@ -72,7 +76,9 @@ _MODULES = {
     "MMDTest": "drift",
     "ModalityGap": "gap",
     "Normality": "normality_tests",
+    "NormalizationEffect": "normalization",
     "Preprocessing": "preprocessing",
+    "SCORES": "row_scores",
     "Tower": "towers",
     "WhitenedLikelihood": "metrics",
     "Whitener": "estimator",
@@ -95,10 +101,12 @@ _MODULES = {
     "mmd_test": "drift",
     "modality_gap": "gap",
     "normality": "normality_tests",
+    "normalization_effect": "normalization",
     "nt_xent": "alpha",
     "ranks_of": "retrieval",
     "recall_at": "retrieval",
     "score_layers": "layers",
+    "score_rows": "row_scores",
     "separability": "gap",
     "separating_accuracy": "gap",
     "shift_along_gap": "gap",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmd_plugin.clip._checks import embeddings
 from cmd_plugin.clip._rows import Rows
+from cmd_plugin.errors import InputError
 
 __all__ = ["Ellipsoid", "fit_ellipsoid"]
 
@@ -70,31 +71,21 @@ def fit_ellipsoid(x: Rows) -> Ellipsoid:
     centred = wide - mean
     covariance = centred.T @ centred / (len(wide) - 1)
     norms = centred.norm(dim=1)
-    return _describe(len(wide), mean, covariance, float(norms.mean()), float(norms.std()))
-
-
-def _describe(
-    count: int, mean: Tensor, covariance: Tensor, radius: float, thickness: float
-) -> Ellipsoid:
-    from cmd_plugin.errors import InputError
-
-    variances = covariance.diagonal()
+    variances, size = covariance.diagonal(), covariance.abs()
     total = float(variances.sum())
     if not total > 0.0:
         raise InputError("all rows of x are equal: such a cloud has no shape.")
-    size = covariance.abs()
-    off = size.sum(dim=1) - variances.abs()
-    eigenvalues = torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0.0)
-    squares = float((covariance * covariance).sum())
+    others = size.sum(dim=1) - variances
     return Ellipsoid(
-        count=count,
+        count=len(wide),
         mean=mean,
         covariance=covariance,
-        eigenvalues=eigenvalues,
-        radius=radius,
-        thickness=thickness,
+        # Below zero only by rounding.
+        eigenvalues=torch.linalg.eigvalsh(covariance).flip(0).clamp_min(0.0),
+        radius=float(norms.mean()),
+        thickness=float(norms.std()),
         offset=float(mean.norm()) / total**0.5,
-        dominance=torch.where(variances > 0, off / variances, torch.nan),
-        diagonal_share=float(variances.abs().sum() / size.sum()),
-        participation=total**2 / (covariance.shape[0] * squares),
+        dominance=torch.where(variances > 0, others / variances, torch.nan),
+        diagonal_share=total / float(size.sum()),
+        participation=total**2 / (len(mean) * float(covariance.square().sum())),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from cmd_plugin.data.files import ImageFile, explain, unreadable
@@ -27,6 +28,20 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Numbers of the TIFF fields used here. A photometric value of 0 says that white is zero.
 _BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _SAMPLE_FORMAT = 258, 262, 322, 323, 339
 
+# Cameras write these with a note on how they were held. In PNG the note may come after the pixels,
+# and TIFF is turned by Pillow itself where it is.
+_NOTED = ("JPEG", "MPO", "WEBP")
+# What turns the pixels of each note upright; of 5 and more height and width change places.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 @dataclass(frozen=True)
 class Header:
@@ -34,7 +49,7 @@ class Header:
 
     Attributes:
         channels: 1 for a grey image, else 3.
-        size: Height and width.
+        size: Height and width, upright.
     """
 
     channels: int
@@ -49,14 +64,15 @@ def read_header(file: ImageFile, limits: ReadLimits) -> Header:
     """
     with _opened(file, limits) as image:
         grey = image.mode in ("1", "L", "F") or image.mode.startswith("I")
-        return Header(1 if grey else 3, (image.height, image.width))
+        size = (image.height, image.width)
+        return Header(1 if grey else 3, size if _orientation(image) < 5 else size[::-1])
 
 
 def decode(file: ImageFile, limits: ReadLimits, size: tuple[int, int] | None = None) -> Pixels:
     """Decode an image to 8 bits a channel, keeping grey ones grey.
 
     16-bit grey is scaled from its whole range and floats from [0, 1]. Transparency is dropped, of
-    several pages the first one is read.
+    several pages the first one is read. JPEG and WebP are turned upright as the camera noted.
 
     Args:
         file: Where the image lies.
@@ -72,6 +88,9 @@ def decode(file: ImageFile, limits: ReadLimits, size: tuple[int, int] | None = N
     """
     with _opened(file, limits) as opened:
         image = _grey_or_rgb(opened, file)
+        turn = _TURNS.get(_orientation(opened))
+        if turn is not None:
+            image = image.transpose(turn)
         if size is not None and image.size != (size[1], size[0]):
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
         pixels: Pixels = np.array(image)
@@ -114,6 +133,19 @@ def _check_header(image: Image.Image, file: ImageFile, limits: ReadLimits) -> No
             "holds signed or 32-bit integers, whose range is not known",
             "save it with 8 or 16 unsigned bits, or as floats in [0, 1]",
         )
+
+
+def _orientation(image: Image.Image) -> int:
+    """The camera's note, 1 to 8; 1, upright, if there is none or it is damaged."""
+    if image.format not in _NOTED:
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about other notes, which nothing here reads
+            noted = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # the pixels are whole all the same
+        return 1
+    return noted if noted in _TURNS else 1
 
 
 def _grey_or_rgb(image: Image.Image, file: ImageFile) -> Image.Image:

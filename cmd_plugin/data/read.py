@@ -36,9 +36,9 @@ def read_images(
 
     Files end in `.jpg`, `.jpeg`, `.png`, `.bmp`, `.webp`, `.tif`, `.tiff`, `.pgm` or `.ppm` and
     become 8 bits a channel: 16-bit grey is scaled from its whole range, floats from [0, 1]; signed
-    and 32-bit integers are refused. A camera's note on orientation is not applied. Hidden files and
-    files of other kinds are passed over. Nothing is written, and links inside archives are not
-    followed.
+    and 32-bit integers are refused. JPEG and WebP are turned upright as the camera noted. Hidden
+    files and files of other kinds are passed over. Nothing is written, and links inside archives
+    are not followed.
 
     Args:
         path: A folder (read with the folders in it), a tar archive (plain, gz, bz2 or xz), a zip

@@ -110,6 +110,7 @@ _COLUMNS: dict[str, Any] = {
     "gbps": _number,
     "copy_gbps": _number,
     "fraction_of_copy": _number,
+    "fastest_of_copy": _number,
     "eager_seconds": _number,
     "speedup_vs_eager": _number,
     "compile_seconds": _number,

@@ -73,7 +73,7 @@ def explained_by_layer(
     _, exponent = frexp(float(energy.max()) if energy.numel() else 0.0)
     table = ModeTable((energy * ldexp(1.0, -exponent)).to(slope.device, slope.dtype), BLOCK)
     scratch = torch.empty(min(BLOCK, layout.numel), dtype=slope.dtype, device=slope.device)
-    sums = torch.zeros(len(layout.names), dtype=torch.float64)
+    layers, parts = [], []
     for layer, (start, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
         for low in range(start, start + size, BLOCK):
             block = slice(low, min(start + size, low + BLOCK))
@@ -83,7 +83,11 @@ def explained_by_layer(
                 share = part / total[block] * ldexp(1.0, exponent)
                 share = share.nan_to_num_(0.0).clamp_(0.0, 1.0)
                 part.mul_(share.mul_(2.0 - share))
-            sums[layer] += part.sum(dtype=torch.float64).cpu()
+            layers.append(layer)
+            parts.append(part.sum(dtype=torch.float64))
+    sums = torch.zeros(len(layout.names), dtype=torch.float64)
+    # One answer of the device to wait for, not one a block.
+    sums.index_add_(0, torch.tensor(layers), torch.stack(parts).cpu())
     return sums * ldexp(1.0, exponent)
 
 

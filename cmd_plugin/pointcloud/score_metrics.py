@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
@@ -19,7 +18,8 @@ from torchmetrics.classification import (
     BinarySpecificityAtSensitivity,
 )
 
-from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
+from cmd_plugin.errors import InputError, NonFiniteError
+from cmd_plugin.runs.separation import auroc
 
 __all__ = [
     "FalsePositiveRate95",
@@ -114,20 +114,4 @@ def separation(clean: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict
     """
     if clean.keys() != other.keys():
         raise InputError(f"clean has {sorted(clean)} and other {sorted(other)}: give the same.")
-    result = {}
-    for name in clean:
-        first, second = clean[name], other[name]
-        if first.ndim != 1 or second.ndim != 1:
-            raise ShapeError(
-                f"{name} must be one number a cloud, got {tuple(first.shape)} and "
-                f"{tuple(second.shape)}."
-            )
-        if not len(first) or not len(second):
-            raise InputError(
-                f"{name}: both sides need a cloud, got {len(first)} and {len(second)}."
-            )
-        metric = ScoreAUROC()
-        metric.update(first, torch.zeros_like(first, dtype=torch.int64))
-        metric.update(second, torch.ones_like(second, dtype=torch.int64))
-        result[name] = float(metric.compute())
-    return result
+    return {name: auroc(clean[name], other[name]) for name in clean}

@@ -55,7 +55,7 @@ def apply_embedding(
         backend,
         view.device,
         view.numel,
-        numba=pieces is not None and view.device.type == "cpu",
+        numba=pieces is not None,
         triton=view.addressable,
     )
     if chosen == "triton":

@@ -1,7 +1,7 @@
-"""Triton path of ``apply_embedding``: one launch over all tensors; sectors nobody is in are left.
+"""Triton path of ``apply_embedding``: one launch over all tensors.
 
-Loads and stores are masked by the flags, so memory that holds no embedded weight is not read beyond
-its flags.
+Of a block without an embedded weight only the flags are read. In others everything is read and
+written whole: masked by the flags, each value would be an access of its own.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ __all__ = ["apply_embedding"]
 
 @triton.jit
 def _apply_block(weights, where, at, ok, embedded, mode, scale, offset, profile):
-    chosen = ok & (tl.load(embedded + at, ok, 0) != 0)
-    m = tl.load(mode + at, chosen, 0).to(tl.int32)
-    model = tl.load(scale + at, chosen, 0.0) * tl.load(profile + m)
-    model += tl.load(offset + at, chosen, 0.0)
-    tl.store(weights + where, rounded(model, weights.dtype.element_ty), chosen)
+    chosen = tl.load(embedded + at, ok, 0) != 0
+    if tl.max(chosen.to(tl.int32)) > 0:
+        # A weight that is not embedded may have any number as its mode.
+        m = tl.where(chosen, tl.load(mode + at, ok, 0), 0).to(tl.int32)
+        w = tl.load(weights + where, ok, 0.0)
+        model = tl.load(scale + at, ok, 0.0) * tl.load(profile + m)
+        model += tl.load(offset + at, ok, 0.0)
+        model = rounded(model, weights.dtype.element_ty)
+        tl.store(weights + where, tl.where(chosen, model, w), ok)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """Triton path of ``assign_and_fit``: one pass, T values read and 13 bytes written a weight.
 
 A program holds 512 weights. It walks over their T snapshots once for the mean and once more for
-every four modes; after the first walk they are in the cache. All sums stay in registers, one weight
-to a lane, so there is no shared memory, no barrier, and neither T nor M is padded or compiled in.
-Products are IEEE multiply-adds in the dtype of the result, never TF32.
+every eight modes; after the first walk they are in the cache. All sums stay in registers, one
+weight to a lane, so there is no shared memory, no barrier, and neither T nor M is padded or
+compiled in. Products are IEEE multiply-adds in the dtype of the result, never TF32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
 __all__ = ["assign_and_fit"]
 
 _BLOCK = 512
-_GROUP = 4  # modes whose products are summed in one walk
+_GROUP = 8  # modes whose products are summed in one walk
 
 
 @triton.jit
@@ -31,6 +31,78 @@ def _take(product, candidate, best, scale, which):
         tl.where(larger, product, scale),
         tl.where(larger, candidate, which),
     )
+
+
+@triton.jit
+def _walk(
+    trajectory,
+    base,
+    pivot,
+    shift,
+    at,
+    ok,
+    unit,
+    group,
+    best,
+    chosen,
+    which,
+    stored,
+    padded,
+    row,
+    column,
+    SQUARES: tl.constexpr,
+):
+    """Walk over the snapshots for eight modes; return (best, chosen, which, sum of squares)."""
+    squares = tl.zeros_like(shift)
+    p0 = tl.zeros_like(shift)
+    p1 = tl.zeros_like(shift)
+    p2 = tl.zeros_like(shift)
+    p3 = tl.zeros_like(shift)
+    p4 = tl.zeros_like(shift)
+    p5 = tl.zeros_like(shift)
+    p6 = tl.zeros_like(shift)
+    p7 = tl.zeros_like(shift)
+    unit += group
+    if base is not None:  # the first snapshot differs from itself by nothing
+        x = -shift
+        if SQUARES:
+            squares += x * x
+        p0 += x * tl.load(unit + 0)
+        p1 += x * tl.load(unit + 1)
+        p2 += x * tl.load(unit + 2)
+        p3 += x * tl.load(unit + 3)
+        p4 += x * tl.load(unit + 4)
+        p5 += x * tl.load(unit + 5)
+        p6 += x * tl.load(unit + 6)
+        p7 += x * tl.load(unit + 7)
+        unit += padded
+    # One number moves from snapshot to snapshot, not an address for each weight.
+    for _ in tl.range(stored, loop_unroll_factor=2):
+        x = tl.load(trajectory + at * column, ok, 0.0).to(shift.dtype)
+        if base is None:
+            x -= pivot
+        x -= shift
+        if SQUARES:
+            squares += x * x
+        p0 += x * tl.load(unit + 0)
+        p1 += x * tl.load(unit + 1)
+        p2 += x * tl.load(unit + 2)
+        p3 += x * tl.load(unit + 3)
+        p4 += x * tl.load(unit + 4)
+        p5 += x * tl.load(unit + 5)
+        p6 += x * tl.load(unit + 6)
+        p7 += x * tl.load(unit + 7)
+        trajectory += row
+        unit += padded
+    best, chosen, which = _take(p0, group + 0, best, chosen, which)
+    best, chosen, which = _take(p1, group + 1, best, chosen, which)
+    best, chosen, which = _take(p2, group + 2, best, chosen, which)
+    best, chosen, which = _take(p3, group + 3, best, chosen, which)
+    best, chosen, which = _take(p4, group + 4, best, chosen, which)
+    best, chosen, which = _take(p5, group + 5, best, chosen, which)
+    best, chosen, which = _take(p6, group + 6, best, chosen, which)
+    best, chosen, which = _take(p7, group + 7, best, chosen, which)
+    return best, chosen, which, squares
 
 
 @triton.jit
@@ -56,21 +128,20 @@ def _fit(
 ):
     at, ok = vector_block(first_block, numel, WHOLE, BLOCK)
     number = mean.dtype.element_ty
-    first = trajectory + at * column
     if base is not None:
         pivot = tl.load(base + at, ok, 0.0).to(number)
         snapshots = stored + 1
     else:
-        pivot = tl.load(first, ok, 0.0).to(number)
+        pivot = tl.load(trajectory + at * column, ok, 0.0).to(number)
         snapshots = stored
 
     shift = tl.zeros([BLOCK], dtype=number)
-    rows = first
+    rows = trajectory
     # Sums of 16 rows are added to the sum: it errs by some 16 + T / 16 roundings, not by T.
     for low in range(0, stored, 16):
         part = tl.zeros([BLOCK], dtype=number)
-        for _ in tl.range(tl.minimum(stored - low, 16), loop_unroll_factor=4):
-            x = tl.load(rows, ok, 0.0).to(number)
+        for _ in tl.range(tl.minimum(stored - low, 16), loop_unroll_factor=2):
+            x = tl.load(rows + at * column, ok, 0.0).to(number)
             if base is None:
                 x -= pivot
             part += x
@@ -81,39 +152,43 @@ def _fit(
     best = tl.full([BLOCK], -1.0, dtype=number)
     chosen = tl.zeros([BLOCK], dtype=number)
     which = tl.zeros([BLOCK], dtype=tl.int32)
-    squares = tl.zeros([BLOCK], dtype=number)
-    for group in range(0, modes, 4):
-        column_of_unit = unit + group
-        squares = tl.zeros([BLOCK], dtype=number)
-        p0 = tl.zeros([BLOCK], dtype=number)
-        p1 = tl.zeros([BLOCK], dtype=number)
-        p2 = tl.zeros([BLOCK], dtype=number)
-        p3 = tl.zeros([BLOCK], dtype=number)
-        if base is not None:  # the first snapshot differs from itself by nothing
-            x = -shift
-            squares += x * x
-            p0 += x * tl.load(column_of_unit)
-            p1 += x * tl.load(column_of_unit + 1)
-            p2 += x * tl.load(column_of_unit + 2)
-            p3 += x * tl.load(column_of_unit + 3)
-            column_of_unit += padded
-        rows = first
-        for _ in tl.range(stored, loop_unroll_factor=4):
-            x = tl.load(rows, ok, 0.0).to(number)
-            if base is None:
-                x -= pivot
-            x -= shift
-            squares += x * x
-            p0 += x * tl.load(column_of_unit)
-            p1 += x * tl.load(column_of_unit + 1)
-            p2 += x * tl.load(column_of_unit + 2)
-            p3 += x * tl.load(column_of_unit + 3)
-            rows += row
-            column_of_unit += padded
-        best, chosen, which = _take(p0, group, best, chosen, which)
-        best, chosen, which = _take(p1, group + 1, best, chosen, which)
-        best, chosen, which = _take(p2, group + 2, best, chosen, which)
-        best, chosen, which = _take(p3, group + 3, best, chosen, which)
+    best, chosen, which, squares = _walk(
+        trajectory,
+        base,
+        pivot,
+        shift,
+        at,
+        ok,
+        unit,
+        0,
+        best,
+        chosen,
+        which,
+        stored,
+        padded,
+        row,
+        column,
+        SQUARES=True,
+    )
+    for group in range(8, modes, 8):
+        best, chosen, which, _ = _walk(
+            trajectory,
+            base,
+            pivot,
+            shift,
+            at,
+            ok,
+            unit,
+            group,
+            best,
+            chosen,
+            which,
+            stored,
+            padded,
+            row,
+            column,
+            SQUARES=False,
+        )
 
     middle = pivot + shift
     still = squares <= middle * middle * tl.load(floor)

@@ -94,13 +94,18 @@ def reconstruct_into(
         backend,
         view.device,
         view.numel,
-        numba=pieces is not None and view.device.type == "cpu",
+        numba=pieces is not None,
         triton=view.addressable,
     )
     if chosen == "triton":
         from cmd_plugin.kernels.reconstruct import _triton
 
-        _triton.reconstruct(view, mode, slope, mean, step, total, energy)
+        alone = view.tensors[0] if len(view.tensors) == 1 else None
+        if alone is not None and alone.is_contiguous() and alone.dtype == mean.dtype:
+            arguments = (mode, slope, mean, step, total, energy)
+            _triton.reconstruct_vector(alone.view(-1), *arguments)
+        else:
+            _triton.reconstruct(view, mode, slope, mean, step, total, energy)
     elif chosen == "numba" and pieces is not None:
         from cmd_plugin.kernels.reconstruct import _numba
 

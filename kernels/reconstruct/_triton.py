@@ -6,10 +6,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, rounded, strided
+from cmd_plugin.kernels._triton import (
+    aligned,
+    find_block,
+    launch_blocks,
+    launch_vector,
+    pack,
+    rounded,
+    strided,
+    vector_block,
+)
 from cmd_plugin.kernels.flat_view import FlatView
+from cmd_plugin.kernels.pointer_table import BLOCK
 
-__all__ = ["load_block", "model_block", "reconstruct"]
+__all__ = ["load_block", "model_block", "reconstruct", "reconstruct_vector", "tables_of"]
 
 
 @triton.jit
@@ -61,6 +71,47 @@ def _fill(
         tl.store(pointer + where, rounded(value, WEIGHT), ok)
 
 
+@triton.jit
+def _fill_vector(
+    out,
+    mode,
+    slope,
+    mean,
+    total,
+    step,
+    energy,
+    first,
+    numel,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at, ok = vector_block(first, numel, WHOLE, BLOCK)
+    value = load_block(at, ok, mode, slope, mean, total, step, energy)
+    tl.store(out + at, value, ok)
+
+
+def tables_of(mean: Tensor, step: Tensor, energy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return ``step`` and ``energy`` as the kernels read them, by one copy to the device."""
+    if energy is None:
+        return pack(mean, step), None
+    both = pack(mean, step, energy)
+    return both[: len(step)], both[len(step) :]
+
+
+def reconstruct_vector(
+    out: Tensor,
+    mode: Tensor,
+    slope: Tensor,
+    mean: Tensor,
+    step: Tensor,
+    total: Tensor | None,
+    energy: Tensor | None,
+) -> None:
+    """See :func:`cmd_plugin.kernels.reconstruct`: one contiguous vector needs no table."""
+    arguments = (out, mode, slope, mean, total, *tables_of(mean, step, energy))
+    launch_vector(_fill_vector, len(out), BLOCK, out.device, *arguments, enable_fp_fusion=False)
+
+
 def reconstruct(
     weights: FlatView,
     mode: Tensor,
@@ -71,8 +122,7 @@ def reconstruct(
     energy: Tensor | None,
 ) -> None:
     """See :func:`cmd_plugin.kernels.reconstruct_into`."""
-    tables = pack(mean, step, *([] if energy is None else [energy]))
-    steps, energies = tables[: len(step)], None if energy is None else tables[len(step) :]
+    steps, energies = tables_of(mean, step, energy)
     for blocks in weights.pointer_table().launches:
         # Products are rounded before they are added, as PyTorch does: the same bits everywhere.
         launch_blocks(

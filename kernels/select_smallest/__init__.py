@@ -16,8 +16,8 @@ def select_smallest(values: Tensor, num: int, backend: Backend = "auto") -> Tens
     """Return a mask of the ``num`` smallest values; of equal ones the first are taken.
 
     It marks the same positions as the first ``num`` of ``values.argsort(stable=True)``. The bits of
-    a float, read as an integer, are ordered like the float, so three histograms of 11, 11 and 10
-    bits find the boundary value (six for float64): a few passes over the values and no sort.
+    a float, read as an integer, are ordered like the float, so histograms of its digits find the
+    boundary value: a few passes over the values and no sort.
 
     Args:
         values: [N] float16, bfloat16, float32 or float64; infinities are allowed.

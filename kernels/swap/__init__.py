@@ -70,7 +70,7 @@ def swap_in(
         backend,
         view.device,
         view.numel,
-        numba=pieces is not None and view.device.type == "cpu",
+        numba=pieces is not None,
         triton=view.addressable and kept_view.addressable,
     )
     if chosen == "triton":

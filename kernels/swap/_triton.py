@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, rounded, strided
+from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, rounded, strided
 from cmd_plugin.kernels.flat_view import FlatView
-from cmd_plugin.kernels.reconstruct._triton import load_block
+from cmd_plugin.kernels.pointer_table import Launch
+from cmd_plugin.kernels.reconstruct._triton import load_block, tables_of
 
 __all__ = ["swap_in", "swap_out"]
 
@@ -75,6 +78,11 @@ def _swap_out(
         tl.store(pointer + strided(shapes, kind, inside + lane), raw, ok)
 
 
+def _pairs(weights: FlatView, backup: FlatView) -> Iterator[tuple[Launch, Launch]]:
+    tables = weights.pointer_table(backup), backup.pointer_table(weights)
+    return zip(*(table.launches for table in tables), strict=True)
+
+
 def swap_in(
     weights: FlatView,
     backup: FlatView,
@@ -86,10 +94,8 @@ def swap_in(
     energy: Tensor | None,
 ) -> None:
     """See :func:`cmd_plugin.kernels.swap_in`."""
-    tables = pack(mean, step, *([] if energy is None else [energy]))
-    steps, energies = tables[: len(step)], None if energy is None else tables[len(step) :]
-    pairs = zip(weights.pointer_table().launches, backup.pointer_table().launches, strict=True)
-    for blocks, kept in pairs:
+    steps, energies = tables_of(mean, step, energy)
+    for blocks, kept in _pairs(weights, backup):
         launch_blocks(
             _swap_in,
             blocks,
@@ -108,6 +114,5 @@ def swap_in(
 
 def swap_out(weights: FlatView, backup: FlatView) -> None:
     """See :func:`cmd_plugin.kernels.swap_out`."""
-    pairs = zip(weights.pointer_table().launches, backup.pointer_table().launches, strict=True)
-    for blocks, kept in pairs:
+    for blocks, kept in _pairs(weights, backup):
         launch_blocks(_swap_out, blocks, blocks.shapes, kept.records, kept.shapes)

@@ -129,7 +129,7 @@ def _choose(view: FlatView, backend: Backend) -> str:
         backend,
         view.device,
         view.numel,
-        numba=view.pieces() is not None and view.device.type == "cpu",
+        numba=view.pieces() is not None,
         triton=view.addressable,
     )
 

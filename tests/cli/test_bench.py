@@ -59,6 +59,7 @@ def test_large_numbers_are_whole_at_80_columns(
         "seconds": 34.56789,
         "gbps": 3456.7,
         "fraction_of_copy": 0.987,
+        "fastest_of_copy": 0.991,
         "speedup_vs_eager": 123.4,
         "speedup_vs_compile": 99.9,
         "max_error": 1.2e-7,

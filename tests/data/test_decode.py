@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cmd_plugin.data import ReadLimits
 from cmd_plugin.data.decode import FileImages, decode, read_header
@@ -103,6 +103,53 @@ def test_integers_of_unknown_range_are_refused(bits: int, sample_format: int) ->
         read_header(image, DEFAULT_LIMITS)
     with pytest.raises(Unreadable, match="save it with 8 or 16 unsigned bits"):
         decode(image, DEFAULT_LIMITS)
+
+
+def photo(note: object, kind: str = "JPEG") -> bytes:
+    """A photo 16 wide and 8 high, dark on the left, that a camera noted something of."""
+    values = np.zeros((8, 16), dtype=np.uint8)
+    values[:4, 8:] = 255
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = note
+    Image.fromarray(values).convert("RGB").save(stream, kind, exif=exif)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("note", range(1, 9))
+def test_photos_are_turned_upright(note: int, kind: str) -> None:
+    image = in_memory(photo(note, kind))
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(image.data or b"")))
+    expected = np.array(turned.convert("RGB")).transpose(2, 0, 1)
+    found = decode(image, DEFAULT_LIMITS)
+    assert np.array_equal(found, expected)
+    assert read_header(image, DEFAULT_LIMITS).size == found.shape[1:]
+    assert (found.shape[1:] == (8, 16)) == (note < 5)
+
+
+def test_of_several_views_the_first_is_turned() -> None:
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    view = Image.open(io.BytesIO(photo(1)))
+    view.save(stream, "MPO", save_all=True, append_images=[view], exif=exif)
+    assert decode(in_memory(stream.getvalue()), DEFAULT_LIMITS).shape == (3, 16, 8)
+
+
+@pytest.mark.parametrize("note", [0, 9, 77])
+def test_a_note_that_says_nothing_turns_nothing(note: int) -> None:
+    assert decode(in_memory(photo(note)), DEFAULT_LIMITS).shape == (3, 8, 16)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # as Pillow opens the file
+def test_damaged_notes_do_not_spoil_a_photo() -> None:
+    whole = photo(6)
+    start = whole.index(b"Exif") + 6
+    for position in range(start, start + 26):
+        for value in (0, 255):
+            damaged = whole[:position] + bytes([value]) + whole[position + 1 :]
+            assert decode(in_memory(damaged), DEFAULT_LIMITS).size == 3 * 8 * 16
 
 
 def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded() -> None:

@@ -11,15 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from cmd_plugin.cli.commands import COMMANDS
 from cmd_plugin.cli.main import run
+from cmd_plugin.diffusion import NoiseSchedule, ProbeSet, TrainedDenoiser, build_denoiser
+from cmd_plugin.jobs.clip import fit
+from cmd_plugin.jobs.clip.options import FitOptions
+from cmd_plugin.jobs.diffusion.detect import calibrate
+from cmd_plugin.jobs.diffusion.options import CalibrateOptions
 from cmd_plugin.jobs.points.model import PointNetwork, save_point_network
 from cmd_plugin.pointcloud import build_network
 from cmd_plugin.runs.folder import RunFolder
 from cmd_plugin.runs.job import Job
 from cmd_plugin.runs.result import Result
+from tests.helpers.distinction import model_folder
 from tests.helpers.jobs import JobCase, published, start
 
 CASES = [
@@ -58,6 +65,55 @@ CASES = [
         ("--measure", "entropy"),
     ),
     JobCase(
+        "diffusion train",
+        (
+            *("--duplicate", "4x2,4x8", "--singles", "30", "--held-out", "20", "--width", "16"),
+            *("--steps", "6", "--batch-size", "32", "--looks", "2", "--threads", "1"),
+        ),
+        ("--lr", "0.01"),
+    ),
+    JobCase(
+        "diffusion memorization",
+        ("--model", "{inputs}/denoiser", "--directions", "4", "--threads", "1"),
+        ("--directions", "6"),
+    ),
+    JobCase(
+        "diffusion calibrate",
+        ("{inputs}/images.npy", "--model", "{inputs}/denoiser", "--threads", "1"),
+        ("--directions", "6"),
+    ),
+    JobCase(
+        "diffusion detect",
+        (
+            *("{inputs}/images.npy", "--model", "{inputs}/denoiser", "--threads", "1"),
+            *("--reference", "{inputs}/reals"),
+        ),
+        ("--level", "0.1"),
+    ),
+    JobCase(
+        "distinction train",
+        (
+            *("--plant", "cross", "--train-limit", "60", "--image-size", "8", "--model", "cnn:4"),
+            *("--judge", "cnn:4", "--classifier-epochs", "1", "--epochs", "2", "--width", "4"),
+            *("--branches", "2", "--threads", "1"),
+        ),
+        ("--lr", "0.01"),
+    ),
+    JobCase(
+        "distinction evaluate",
+        (
+            *("--model", "{inputs}/split", "--images", "12", "--limit-images", "1"),
+            *("--rival", "saliency", "--rival", "random", "--threads", "1"),
+        ),
+        ("--seed", "1"),
+    ),
+    JobCase(
+        "distinction explain",
+        ("{inputs}/pictures", "--model", "{inputs}/split", "--threads", "1"),
+        ("--target", "with"),
+        varying=("page.html",),
+    ),
+    JobCase(
         "federated simulate",
         (
             *("--clients", "2", "--rounds", "4", "--warmup", "2", "--train-limit", "80"),
@@ -65,6 +121,30 @@ CASES = [
         ),
         ("--lr", "0.01"),
     ),
+    JobCase("clip fit", ("{inputs}/rows.npy", "--threads", "1"), ("--basis", "zca")),
+    JobCase(
+        "clip score",
+        (
+            *("{inputs}/others.npy", "--whitening", "{inputs}/fit1", "--rows", "40"),
+            *("--threads", "1"),
+        ),
+        ("--format", "jsonl"),
+    ),
+    JobCase(
+        "clip report",
+        ("{inputs}/pairs.npy", "--group-size", "50", "--shown", "2", "--threads", "1"),
+        ("--temperature", "0.1"),
+    ),
+    JobCase("clip merge", ("{inputs}/fit1", "{inputs}/fit2"), ("--basis", "zca")),
+    JobCase(
+        "clip compare",
+        (
+            *("{inputs}/rows.npy", "{inputs}/others.npy", "--permutations", "19"),
+            *("--threads", "1"),
+        ),
+        ("--seed", "1"),
+    ),
+    JobCase("clip align", ("{inputs}/pairs.npy", "--threads", "1"), ("--seed", "1")),
     JobCase(
         "bench kernels",
         (
@@ -80,7 +160,8 @@ IDS = [case.name for case in CASES]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What commands read: four checkpoints, and a cloud with a network for it."""
+    """What commands read: checkpoints, a cloud with a network, embeddings, a denoiser."""
+    """What commands read: four checkpoints, a cloud and pictures with networks for them."""
     folder = tmp_path_factory.mktemp("inputs")
     draw = torch.Generator().manual_seed(0)
     weights = torch.randn(40, generator=draw)
@@ -91,6 +172,28 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "point").mkdir()
     network = PointNetwork(build_network("pointnet", 2, 0.25), "pointnet", 0.25, 48, ("a", "b"))
     save_point_network(folder / "point/model.safetensors", network)
+    rows = np.random.default_rng(0).normal(2, 1, size=(600, 6)).astype(np.float32)
+    np.save(folder / "rows.npy", rows[:200])
+    np.save(folder / "others.npy", rows[200:300])
+    np.save(folder / "pairs.npy", np.stack([rows[300:400], rows[300:400] - rows[400:500] / 4]))
+    for shard in (1, 2):
+        options = FitOptions(input=folder / "rows.npy", shard=f"{shard}/2")
+        fit.run(options, folder / f"fit{shard}")
+    (folder / "denoiser").mkdir()
+    shape, pixels = (1, 8, 8), torch.rand(2, 70, 1, 8, 8, generator=draw) * 2 - 1
+    denoiser = build_denoiser("mlp", shape, 16)
+    TrainedDenoiser(denoiser, "mlp", shape, 16, NoiseSchedule.linear(), "noise").save(
+        folder / "denoiser/model.safetensors"
+    )
+    ProbeSet(pixels[0], pixels[1]).save(folder / "denoiser/probes.safetensors")
+    np.save(folder / "images.npy", pixels[0].numpy() / 2 + 0.5)
+    reals = CalibrateOptions(images=(folder / "images.npy",), model=folder / "denoiser")
+    calibrate(reals, folder / "reals")
+    model_folder(folder / "split", plant="cross")
+    (folder / "pictures").mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(256, size=(8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"pictures/{number}.png")
     return folder
 
 

@@ -3,14 +3,21 @@
 The public functions run as they do on a GPU; only the launch itself is replaced, by Triton's
 compiler for compute capability 80 and 90. So what is compiled is what is shipped: signatures,
 constants and options are those of the launches. One line a variant: capability, kernel, function,
-bytes of shared memory. And one line, "race", for every load and store of the compiled code that may
-overtake one another (see :mod:`races`); a kernel that is known for it shows that this is seen.
+warps, registers, bytes of a thread in local memory (spilled registers), bytes of shared memory,
+bytes of the widest load and store, dtypes of what the pointers point to, and whether the launch is
+the one for tensors that need strides. And one line, "race", for every load and store of the
+compiled code that may overtake one another (see :mod:`races`); a kernel that is known for it shows
+that this is seen.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from contextlib import suppress
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +35,7 @@ from cmd_plugin.kernels import _dispatch
 # Bytes a block may have without asking for more: the least of all GPUs of these capabilities.
 SHARED = 48 * 1024
 CAPABILITIES = (80, 90)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NAMES = {
     torch.uint8: "u8",
     torch.int32: "i32",
@@ -71,13 +79,37 @@ def compile_instead(self: Any, *arguments: Any, **keywords: Any) -> None:
         source = ASTSource(self, signature, constants, attributes)
         target = GPUTarget("cuda", capability, 32)
         done = triton.compile(source, target=target, options=keywords)
+        registers, spilled = find_resources(done.asm["cubin"])
         shared = done.metadata.shared
-        assert done.asm["cubin"], key
         assert shared <= SHARED, f"{shared} bytes of shared memory: {key}"
         where = f"sm{capability}", self.__module__.split(".")[-2:][0], self.__name__
-        print(*where, shared)  # noqa: T201
+        widths = [find_width(done.asm["ptx"], kind) for kind in ("ld", "st")]
+        pointers = ",".join(kind[1:] for kind in signature.values() if kind[0] == "*")
+        stepped = "strided" if given.get("shapes") is not None else "contiguous"
+        warps = done.metadata.num_warps
+        print(*where, warps, registers, spilled, shared, *widths, pointers, stepped)  # noqa: T201
         for race in find_races(done.asm["ttgir"]):
             print("race", *where, race)  # noqa: T201
+
+
+def find_resources(cubin: bytes) -> tuple[int, int]:
+    """Return (registers, bytes of local memory) of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout)
+    assert found is not None, done.stdout
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def find_width(ptx: str, kind: str) -> int:
+    """Return the bytes of the widest load ("ld") or store ("st") of global memory."""
+    pattern = rf"\b{kind}\.global[\w.:]*?(?:\.v(\d))?\.[a-z](\d+)\b"
+    found = re.findall(pattern, ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
 
 
 def state(dtype: torch.dtype, numel: int = 3000) -> dict[str, torch.Tensor]:
@@ -87,14 +119,12 @@ def state(dtype: torch.dtype, numel: int = 3000) -> dict[str, torch.Tensor]:
     return {"mode": torch.zeros(numel, dtype=torch.uint8), **arrays}
 
 
-def exercise(dtype: torch.dtype, shrink: bool) -> None:
-    """Call every kernel that reads weights, on weights of a dtype."""
-    weights = kernels.FlatView([torch.zeros(3000, dtype=dtype)])
+def exercise_weights(weights: kernels.FlatView, dtype: torch.dtype, shrink: bool) -> None:
+    """Call every kernel that finds its weights by a pointer table."""
     arguments = state(dtype)
     table = torch.zeros(4, dtype=torch.float64)
     total = torch.ones_like(arguments["mean"]) if shrink else None
-    energy = table if shrink else None
-    both = {"total": total, "energy": energy}
+    both = {"total": total, "energy": table if shrink else None}
     kernels.update_affine(weights, **arguments, gain=table, blend=0.1, total=total)
     out = torch.zeros_like(arguments["mean"])
     kernels.reconstruct_into(weights, **arguments, step=table, **both)
@@ -105,6 +135,15 @@ def exercise(dtype: torch.dtype, shrink: bool) -> None:
     flags = torch.zeros(3000, dtype=torch.bool)
     scale, offset = arguments["slope"], arguments["mean"]
     kernels.apply_embedding(weights, flags, arguments["mode"], scale, offset, table)
+
+
+def exercise(dtype: torch.dtype, shrink: bool) -> None:
+    """Call every kernel that reads weights, on weights of a dtype."""
+    exercise_weights(kernels.FlatView([torch.zeros(3000, dtype=dtype)]), dtype, shrink)
+    if shrink:
+        exercise_weights(kernels.FlatView([torch.zeros(50, 60, dtype=dtype).T]), dtype, shrink)
+    flags, arguments = torch.zeros(3000, dtype=torch.bool), state(dtype)
+    scale, offset = arguments["slope"], arguments["mean"]
     gradient = torch.zeros(3000, dtype=dtype)
     kernels.fold_gradients(gradient, flags, arguments["mode"], scale, 4)
     with suppress(InputError):  # nothing ran: the number of NaN is whatever the memory held
@@ -112,7 +151,7 @@ def exercise(dtype: torch.dtype, shrink: bool) -> None:
     if dtype in (torch.float32, torch.float64):
         kernels.coefficient_drift(scale, offset, scale, offset)
     profiles = torch.randn(3, 5, dtype=torch.float64)
-    base = arguments["mean"] if shrink else None
+    base = offset if shrink else None
     trajectory = torch.zeros(5 - shrink, 3000, dtype=dtype)
     kernels.assign_and_fit(trajectory, profiles, base)
     if shrink:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 
@@ -10,7 +11,7 @@ import torch
 
 from cmd_plugin import kernels
 from cmd_plugin.errors import InputError
-from cmd_plugin.kernels import _dispatch, last_backend
+from cmd_plugin.kernels import _dispatch, bench, last_backend
 from cmd_plugin.kernels.bench import KERNELS, measure_kernels
 
 KEYS = {
@@ -19,6 +20,7 @@ KEYS = {
     "bytes_per_weight",
     "gbps",
     "fraction_of_copy",
+    "fastest_of_copy",
     "speedup_vs_eager",
     "max_error",
 }
@@ -44,6 +46,7 @@ def test_one_row_a_kernel() -> None:
         assert row["backend"] == "torch" == last_backend(row["kernel"])
         assert row["gbps"] == pytest.approx(row["bytes_per_weight"] * 3e-6 / row["seconds"])
         assert row["fraction_of_copy"] == pytest.approx(row["gbps"] / row["copy_gbps"])
+        assert row["fastest_of_copy"] >= row["fraction_of_copy"] * (1 - 1e-9)
         assert row["speedup_vs_eager"] == pytest.approx(row["eager_seconds"] / row["seconds"])
         assert row["speedup_vs_compile"] is None
         assert math.isfinite(row["max_error"])
@@ -64,6 +67,31 @@ def test_an_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"device": "cpu", "repeats": 1, "compiled": False}
     (row,) = measure_kernels(3000, ["coefficient_drift"], **options)
     assert row["max_error"] == pytest.approx(1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("where", ["the kernel", "the specification"])
+def test_a_row_that_needs_too_much_memory_does_not_end_the_others(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    options = {"device": "cpu", "repeats": 1, "compiled": False}
+    names = ["snapshot_delta", "coefficient_drift"]
+    case = next(case for case in bench.CASES if case.name == "coefficient_drift")
+
+    def prepare(problem: object) -> tuple[object, object]:
+        run, specification = case.prepare(problem)
+        return (too_much, specification) if where == "the kernel" else (run, too_much)
+
+    broken = dataclasses.replace(case, prepare=prepare)
+    monkeypatch.setattr(bench, "CASES", [broken if c is case else c for c in bench.CASES])
+    monkeypatch.setattr(bench, "_error", lambda *_: 0.0)
+    whole, torn = measure_kernels(3000, names, **options)
+    assert whole.keys() >= torn.keys() - {"note"}
+    assert torn["note"] == f"not enough memory for {where}"
+    assert torn["eager_seconds"] is None
+    assert (torn["seconds"] is None) == (where == "the kernel")
 
 
 @pytest.mark.parametrize(

@@ -200,3 +200,22 @@ def test_offsets_beyond_2_to_31() -> None:
 def test_bad_arguments(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         FlatView(*arguments)
+
+
+def test_room_for_a_copy_is_one_piece_of_memory_with_the_same_strides() -> None:
+    tensors = [
+        torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(7),
+        torch.randn(3, 4).T,
+        torch.randn(5, 6)[:, ::2],
+        torch.randn(()),
+        torch.zeros(0),
+        torch.randn(9).bfloat16(),
+    ]
+    made = FlatView(tensors).empty_like().tensors
+    assert [t.stride() for t in made] == [torch.empty_like(t).stride() for t in tensors]
+    assert len({t.untyped_storage().data_ptr() for t in made if t.numel()}) == 2  # of two dtypes
+    assert not any(t.data_ptr() % 16 for t in made)
+    for number, tensor in enumerate(made):
+        tensor.fill_(number)
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(made))

@@ -23,16 +23,21 @@ def test_records_cover_every_weight_once() -> None:
         torch.zeros(BLOCK, dtype=torch.bfloat16),
     ]
     table = PointerTable(tensors)
-    assert [launch.dtype for launch in table.launches] == [torch.float32, torch.bfloat16]
+    dtypes = [launch.dtype for launch in table.launches]
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
     assert table.programs == 6
-    floats, halves = (launch.records for launch in table.launches)
+    floats, stepped, halves = (launch.records for launch in table.launches)
     start = tensors[0].data_ptr()
     assert floats[:3, 0].tolist() == [start] * 3
     assert floats[:3, 1].tolist() == [0, BLOCK, 2 * BLOCK]
-    assert floats[:, 2].tolist() == [0, BLOCK, 2 * BLOCK, 2 * BLOCK + 5, 2 * BLOCK + 6]
-    assert floats[:, 3].tolist() == [BLOCK, BLOCK, 5, 1, 12]
-    assert floats[:, 4].tolist() == [int(start % 16 == 0)] * 2 + [0, 0, 2]
-    assert table.launches[0].shapes.tolist() == [[1, 1, 4, 3, 0, 0, 0, 1, 4]]
+    assert floats[:, 2].tolist() == [0, BLOCK, 2 * BLOCK, 2 * BLOCK + 5]
+    assert floats[:, 3].tolist() == [BLOCK, BLOCK, 5, 1]
+    assert floats[:, 4].tolist() == [int(start % 16 == 0)] * 2 + [0, 0]
+    assert stepped[:, 1:].tolist() == [[0, 2 * BLOCK + 6, 12, 2]]
+    shapes = [launch.shapes for launch in table.launches]
+    assert shapes[0] is shapes[2] is None
+    assert shapes[1] is not None
+    assert shapes[1].tolist() == [[1, 1, 4, 3, 0, 0, 0, 1, 4]]
     assert halves[:, 2:].tolist() == [[2 * BLOCK + 18, BLOCK, 0]]  # 16 does not divide its place
 
 
@@ -44,6 +49,19 @@ def test_only_whole_blocks_at_aligned_places_are_read_without_masks() -> None:
     assert not PointerTable([room[1 : 2 * BLOCK]]).launches[0].records[:, 4].any()
     shifted = PointerTable([room[:5], room[8 : 8 + BLOCK]]).launches[0].records
     assert not shifted[:, 4].any()
+
+
+@pytest.mark.paths
+def test_tables_of_equal_shapes_have_equal_launches() -> None:
+    """Whatever is strided in one of both is described by strides in both."""
+    deep = torch.zeros(1, 2, 1, 3, 1, 2)
+    weights = FlatView([torch.zeros(3, 4).T, torch.zeros(7), deep])
+    backup = FlatView([torch.zeros(4, 3), torch.zeros(14)[::2], deep.clone()])
+    tables = weights.pointer_table(backup), backup.pointer_table(weights)
+    for ours, theirs in zip(*(table.launches for table in tables), strict=True):
+        assert torch.equal(ours.records[:, 1:], theirs.records[:, 1:])
+        assert (ours.shapes is None) == (theirs.shapes is None)
+    assert weights.pointer_table(weights) is weights.pointer_table()
 
 
 @pytest.mark.paths
@@ -78,7 +96,7 @@ def test_positions_beyond_2_to_the_31() -> None:
     weights, expected = torch.zeros(count), torch.zeros(count)
 
     class AtTheEnd(FlatView):
-        def pointer_table(self) -> PointerTable:
+        def pointer_table(self, beside: FlatView | None = None) -> PointerTable:  # noqa: ARG002
             table = PointerTable(self.tensors)
             records = table.launches[0].records
             records[:, 2] += start

@@ -202,7 +202,7 @@ def test_separation_is_the_share_of_pairs_in_order() -> None:
     assert separation({"a": other}, {"a": clean}) == {"a": pytest.approx(1 / 6)}
     with pytest.raises(InputError, match="give the same"):
         separation({"a": clean}, {"b": other})
-    with pytest.raises(InputError, match="both sides need a cloud"):
+    with pytest.raises(InputError, match="both groups need a score"):
         separation({"a": clean}, {"a": other[:0]})
-    with pytest.raises(ShapeError, match="one number a cloud"):
+    with pytest.raises(ShapeError, match="one number each"):
         separation({"a": clean[None]}, {"a": other})

@@ -1,0 +1,1 @@
+"""``cmd-plugin clip``: the geometry of embeddings, fitted, scored, shown, compared and aligned."""

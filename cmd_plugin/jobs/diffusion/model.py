@@ -1,0 +1,119 @@
+"""The model a folder holds, and images as that model sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmd_plugin.data import ImageSet, read_images
+from cmd_plugin.diffusion import (
+    LatentCodec,
+    PixelCodec,
+    ProbeSet,
+    ScoreModel,
+    TrainedDenoiser,
+    codec_of,
+)
+from cmd_plugin.diffusion.codecs import Codec
+from cmd_plugin.diffusion.diffusers_models import read_diffusers
+from cmd_plugin.errors import InputError
+
+__all__ = ["MODEL", "PROBES", "LoadedModel", "load_model", "read_for"]
+
+MODEL, PROBES = "model.safetensors", "probes.safetensors"
+
+
+class LoadedModel(NamedTuple):
+    """A model with what is to be known to show it images.
+
+    Attributes:
+        model: The model.
+        codec: Turns images in [-1, 1] into what it sees.
+        shape: (channels, height, width) of such images.
+        probes: Images it was trained on and images it was not; None if the folder has none.
+    """
+
+    model: ScoreModel
+    codec: Codec
+    shape: tuple[int, int, int]
+    probes: ProbeSet | None
+
+
+def load_model(folder: Path) -> LoadedModel:
+    """Read a folder of ``diffusion train``, or of a pipeline of diffusers.
+
+    Raises:
+        InputError: If it is neither, or cannot be used.
+    """
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        pipeline = read_diffusers(folder)
+        model, codec = ScoreModel.from_diffusers(pipeline), codec_of(pipeline)
+        channels, height, width = model.shape
+        if isinstance(codec, LatentCodec):
+            config = codec.autoencoder.config
+            factor = 2 ** (len(config["block_out_channels"]) - 1)
+            channels, height, width = int(config["in_channels"]), height * factor, width * factor
+        return LoadedModel(model, codec, (channels, height, width), None)
+    if not (folder / MODEL).is_file():
+        raise InputError(
+            f"{folder} holds no model (neither {MODEL} nor model_index.json): give the folder that "
+            "`diffusion train` or save_pretrained of a pipeline wrote."
+        )
+    trained = TrainedDenoiser.load(folder / MODEL)
+    probes = ProbeSet.load(folder / PROBES) if (folder / PROBES).is_file() else None
+    if probes is not None and tuple(probes.members.shape[1:]) != trained.shape:
+        raise InputError(f"{folder / PROBES} does not belong to the model beside it: train again.")
+    channels, height, width = trained.shape
+    return LoadedModel(trained.model(), PixelCodec(), (channels, height, width), probes)
+
+
+class Images(NamedTuple):
+    """Images of one place, read as a model needs them.
+
+    Attributes:
+        found: What was read.
+        shape: (channels, height, width) wanted.
+    """
+
+    found: ImageSet
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.found.names)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return images number ``start`` to ``stop``, [B, C, H, W] in [0, 1]."""
+        images = self.found.images.read(torch.arange(start, stop))
+        channels = self.shape[0]
+        if images.shape[1] == channels:
+            return images
+        if channels == 1:
+            weights = torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)
+            return (images * weights).sum(1, keepdim=True)
+        if images.shape[1] == 1:
+            return images.expand(-1, channels, -1, -1)
+        raise InputError(f"the model sees images of {channels} channels, which files have not.")
+
+    def kinds(self) -> list[str]:
+        """Return the endings of the files, which tell one kind of file from another."""
+        return sorted({Path(name).suffix.lower() for name in self.found.names})
+
+    def skipped(self) -> list[str]:
+        """Return what was left out and why."""
+        return [f"{item.name} {item.reason}" for item in self.found.skipped]
+
+
+def read_for(loaded: LoadedModel, path: Path) -> Images:
+    """Read images at the size a model wants; unreadable files are left out and listed.
+
+    Raises:
+        InputError: If there is nothing to read.
+    """
+    _, height, width = loaded.shape
+    found = read_images(path, (height, width), labelled=False, skip_unreadable=True)
+    return Images(found, loaded.shape)
