@@ -70,7 +70,7 @@ def score_rows(
         "embedding_norm": norms,
         "norm": squared.sqrt(),
         "squared_norm": squared,
-        "log_likelihood": whitening._log_likelihood(squared),
+        "log_likelihood": whitening.likelihood_of(squared),
     }
     if whitening.reference is not None:
         found["percentile"] = whitening.percentile(squared)

@@ -272,7 +272,11 @@ class Whitening:
         Raises:
             ShapeError: If they are not floating [N, d].
         """
-        return -0.5 * (self.vectors.shape[1] * math.log(2 * math.pi) + self.squared_norm(x))
+        return self.likelihood_of(self.squared_norm(x))
+
+    def likelihood_of(self, squared: Tensor) -> Tensor:
+        """Return the log-likelihood of rows with these squared norms, of either method; [N]."""
+        return -0.5 * (self.vectors.shape[1] * math.log(2 * math.pi) + squared)
 
     def log_density(self, x: Rows) -> Tensor:
         r"""Return the log-density of the fitted Gaussian, :meth:`log_likelihood` - logdet / 2, [N].
