@@ -97,6 +97,7 @@ class ConditionalWhitening:
             products = block.cpu().double() @ self.features.T
             finite = products.isfinite().all(dim=1).tolist()
             nearest = (products * self._inverse_norm).topk(self.neighbours, dim=1).indices
+            nearest = nearest.sort(dim=1).values  # reads the products of pairs in their order
             near = products.gather(1, nearest).numpy()
             for good, places, product in zip(finite, nearest, near, strict=True):
                 result.append(self._one(places, product) if good else math.nan)
