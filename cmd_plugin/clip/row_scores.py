@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,7 @@ def score_rows(
         "embedding_norm": norms,
         "norm": squared.sqrt(),
         "squared_norm": squared,
-        "log_likelihood": whitening._log_likelihood(squared),
+        "log_likelihood": -0.5 * (whitening.vectors.shape[1] * math.log(2 * math.pi) + squared),
     }
     if whitening.reference is not None:
         found["percentile"] = whitening.percentile(squared)
