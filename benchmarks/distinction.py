@@ -29,10 +29,10 @@ from cmd_plugin.jobs.distinction.options import EvaluateOptions, TrainOptions
 
 # What each experiment is, besides the objective and the seed.
 EXPERIMENTS: dict[str, dict[str, Any]] = {
-    "cross": {"plant": "cross"},
-    "noise": {"plant": "noise"},
-    "tint": {"plant": "tint"},
-    "control": {"random_labels": True},
+    "cross": {"plant": "cross", "model": "cnn:16"},
+    "noise": {"plant": "noise", "model": "cnn:16"},
+    "tint": {"plant": "tint", "model": "cnn:16"},
+    "control": {"random_labels": True, "model": "cnn:16"},
     "mnist 3 or 8": {
         "data": "mnist",
         "pick": ("3", "8"),

@@ -64,7 +64,8 @@ class DecompositionExplainer(pl.LightningModule):
         branches: Number of branches n.
         width: Channels of a branch at full resolution.
         levels: How often the resolution is halved; by default 2 up to 32 pixels, 3 to 64, then 4.
-        lr: Learning rate of the generator.
+        lr: Learning rate of the generator; that of small images. The papers' 256 pixels take 1e-4
+            for both.
         critic_lr: Learning rate of the critic.
         critic_width: Channels of the critic's first layer.
         penalty_every: Take R1 every so many steps, with as many times the weight.
@@ -91,7 +92,7 @@ class DecompositionExplainer(pl.LightningModule):
         width: int = 8,
         levels: int | None = None,
         lr: float = 1e-3,
-        critic_lr: float = 5e-4,
+        critic_lr: float = 2e-3,
         critic_width: int = 32,
         penalty_every: int = 1,
         ema: float = 0.995,

@@ -79,7 +79,8 @@ class Recovery(NamedTuple):
         ncc: Pearson correlation over pixels of the sizes of map and plant.
         signed: The same with their signs.
         iou: Overlap of the plant with as many of the map's largest pixels; see :func:`mask_iou`.
-        cosine: Of the channels' means of the map with those of the plant: whether a colour is kept.
+        cosine: Of the channels' means of the map with those of the plant: whether a colour is kept;
+            of one channel it is a sign.
     """
 
     ncc: float

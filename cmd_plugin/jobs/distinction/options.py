@@ -86,12 +86,12 @@ class TrainOptions(ImageOptions):
         panel=_TRAINING,
         choices=OBJECTIVE_NAMES,
     )
-    epochs: int = option(8, "Epochs.", panel=_TRAINING, at_least=1)
+    epochs: int = option(12, "Epochs.", panel=_TRAINING, at_least=1)
     batch_size: int = option(24, "Images in a step.", panel=_TRAINING, at_least=2)
     branches: int = option(3, "Branches.", panel=_TRAINING, at_least=2)
     width: int = option(8, "Channels of a branch.", panel=_TRAINING, at_least=1)
     lr: float = option(1e-3, "Learning rate of the generator.", panel=_TRAINING, above=0)
-    critic_lr: float = option(5e-4, "Learning rate of the critic.", panel=_TRAINING, above=0)
+    critic_lr: float = option(2e-3, "Learning rate of the critic.", panel=_TRAINING, above=0)
     sparsity: float = option(
         0.0, "Weight of the distinct part's size.", panel=_TRAINING, at_least=0
     )
