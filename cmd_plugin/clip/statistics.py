@@ -113,14 +113,15 @@ class GaussianStatistics:
             sums["shift"].copy_(y.mean(dim=0))
         self.rows += kept
         sums["norms"] += norm.sum()
-        sums["units"].addmv_(y.T, inverse)
         y -= sums["shift"]
-        square = y.square().sum(dim=1)
-        sums["first"] += y.sum(dim=0)
+        square = torch.linalg.vector_norm(y, dim=1).square_()
+        first, third, units = torch.stack([torch.ones_like(square), square, inverse]) @ y
+        sums["first"] += first
+        sums["third"] += third
+        sums["units"] += units + inverse.sum() * sums["shift"]
         for left in range(0, self.dim, _STRIP):
             right = left + _STRIP
             sums["second"][left:right, :right].addmm_(y[:, left:right].T, y[:, :right])
-        sums["third"].addmv_(y.T, square)
         sums["fourth"] += square.dot(square)
 
     @classmethod

@@ -37,7 +37,8 @@ def numbers(statistics: GaussianStatistics) -> dict[str, Tensor]:
     return {
         "mean": gaussian.mean,
         "covariance": gaussian.covariance,
-        "third": statistics.central()["third"],
+        # In units of its own size: of two rows it is zero.
+        "third": 1.0 + statistics.central()["third"] / statistics.central()["fourth"] ** 0.75,
         "fourth": statistics.central()["fourth"],
         "units": statistics.unit_mean,
         "norm": torch.tensor(statistics.mean_norm, dtype=torch.float64),
@@ -52,7 +53,7 @@ def by_numpy(x: Tensor) -> dict[str, Tensor]:
     found = {
         "mean": rows.mean(axis=0),
         "covariance": np.cov(rows.T),
-        "third": (size[:, None] * z).sum(axis=0),
+        "third": 1.0 + (size[:, None] * z).sum(axis=0) / (size**2).sum() ** 0.75,
         "fourth": (size**2).sum(),
         "units": (rows / norm[:, None]).mean(axis=0),
         "norm": norm.mean(),
