@@ -84,6 +84,11 @@ COMMANDS = (
         *("diffusion.detect:detect", "show_diffusion:show_detect"),
     ),
     _job(
+        "diffusion fewshot",
+        *("diffusion.options", "FewShotOptions"),
+        *("diffusion.fewshot:run", "show_diffusion:show_fewshot"),
+    ),
+    _job(
         "federated simulate",
         *("federated.options", "SimulateOptions", "federated.simulate:run"),
         "show_federated:show",

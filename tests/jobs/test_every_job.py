@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from cmd_plugin.cli.commands import COMMANDS
@@ -89,6 +90,14 @@ CASES = [
         ("--level", "0.1"),
     ),
     JobCase(
+        "diffusion fewshot",
+        (
+            *("{inputs}/kinds", "--model", "{inputs}/denoiser", "--threads", "1"),
+            *("--per-class", "5", "--draws", "1", "--time", "50"),
+        ),
+        ("--directions", "6"),
+    ),
+    JobCase(
         "federated simulate",
         (
             *("--clients", "2", "--rounds", "4", "--warmup", "2", "--train-limit", "80"),
@@ -154,6 +163,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     ProbeSet(pixels[0], pixels[1]).save(folder / "denoiser/probes.safetensors")
     np.save(folder / "images.npy", pixels[0].numpy() / 2 + 0.5)
+    for number, image in enumerate((pixels[0, :24, 0] * 127.5 + 127.5).byte().numpy()):
+        kind = folder / "kinds" / ("real", "one")[number % 2]
+        kind.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(kind / f"{number}.png")
     reals = CalibrateOptions(images=(folder / "images.npy",), model=folder / "denoiser")
     calibrate(reals, folder / "reals")
     rows = np.random.default_rng(0).normal(2, 1, size=(600, 6)).astype(np.float32)
