@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,11 +51,12 @@ class EmbeddingGeometryMonitor(Callback):
       ``uniformity`` (Wang and Isola; lower is more even), ``conformity`` (mean cosine among them),
       ``anisotropy`` (0 a sphere, near 1 a line), ``norm_variation`` (standard deviation of the
       centred norms over their mean: a thin shell is near 0), and
-      ``log_likelihood``: mean whitened log-likelihood under a Gaussian fitted to the embeddings of
-      the last ``reference_batches`` training batches before the validation, each encoded with the
-      weights after its step. -(d log 2 pi + d) / 2 is what the training embeddings have themselves;
-      it falls as validation pairs become unusual among them. Left out where nobody knows when the
-      next validation comes (a loader without a length).
+      ``log_likelihood``: mean whitened log-likelihood under a Gaussian (its covariance shrunk by
+      Ledoit and Wolf) fitted to the embeddings of the last ``reference_batches`` training batches
+      before the validation, each encoded with the weights after its step, and
+      ``train_log_likelihood``: that of these training embeddings themselves. The first falls below
+      the second as validation pairs become unusual among training pairs. Both are left out where
+      nobody knows when the next validation comes (a loader without a length).
 
     The validation pairs' embeddings are kept until they are measured, of the training batches sums
     alone; both are bounded. Under DDP every process sees the pairs of all; a sampler that pads with
@@ -264,7 +266,15 @@ def _measure(
         if reference is not None and reference.rows > 1:
             whitening = Whitening.fit(reference, shrinkage="ledoit-wolf")
             values[f"{name}_log_likelihood"] = float(whitening.log_likelihood(x).mean())
+            values[f"{name}_train_log_likelihood"] = _own_log_likelihood(whitening, reference)
     return values
+
+
+def _own_log_likelihood(whitening: Whitening, statistics: GaussianStatistics) -> float:
+    """Mean log-likelihood of the very rows a whitening was fitted to, from their sums."""
+    rows, _, covariance = statistics.compute()
+    squared = float((whitening.matrix * (covariance @ whitening.matrix)).sum()) * (rows - 1) / rows
+    return -0.5 * (whitening.vectors.shape[1] * math.log(2.0 * math.pi) + squared)
 
 
 def _rows_of_all(trainer: Any, pl_module: Any, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ _ROOMS = (
     "clip",
     "data",
     "diffusion",
+    "distinction",
     "errors",
     "federated",
     "kernels",

@@ -27,7 +27,7 @@ NEIGHBOURS = {("networks", "data"), ("networks", "runs"), ("data", "runs"), ("__
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 # Who may name whose engine at all.
 ENGINES = {
-    **{name: {"callbacks", "federated", "jobs"} for name in LIGHTNING},
+    **{name: {"callbacks", "federated", "jobs", "distinction"} for name in LIGHTNING},
     "flwr": {"federated", "jobs"},
     "cyclopts": {"cli"},
     "rich": {"cli"},
@@ -90,6 +90,13 @@ def test_engines_are_named_only_where_they_belong() -> None:
         if room not in ENGINES.get(module.split(".")[0], {room})
     ]
     assert wrong == []
+
+
+def test_of_class_evidence_the_explainer_alone_knows_lightning() -> None:
+    found = {
+        f for f, room, m in imports() if room == "distinction" and m.split(".")[0] in LIGHTNING
+    }
+    assert found == {"distinction/explainer"}
 
 
 def test_every_internal_import_exists() -> None:

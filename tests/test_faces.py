@@ -19,17 +19,18 @@ NAMES = {
 METHODS = {"modes", "pointcloud", "diffusion", "clip", "distinction"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 PICTURES = {"matplotlib", "plotly"}
-TOWERS = {"open_clip", "transformers", "diffusers"}
-LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh"}
+TOWERS = {"open_clip", "transformers"}
+LATE = {"timm", "torchvision", "sklearn", "captum", "h5py", "trimesh", "diffusers", *TOWERS}
 
 # What must not come along with any name of a room.
 FORBIDDEN = {
     "cmd_plugin.callbacks": {"flwr", *PICTURES, *LATE},
-    "cmd_plugin.clip": {"flwr", *LIGHTNING, *PICTURES, *LATE, *TOWERS, "modes", "pointcloud"},
+    "cmd_plugin.clip": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS - {"clip"}},
     "cmd_plugin.data": {"flwr", *LIGHTNING, *PICTURES, *METHODS, "torchvision", "timm"},
-    "cmd_plugin.diffusion": {
-        *("flwr", *LIGHTNING, *PICTURES, *LATE, *TOWERS),
-        *METHODS - {"diffusion"},
+    "cmd_plugin.diffusion": {"flwr", *LIGHTNING, *PICTURES, *LATE, *METHODS - {"diffusion"}},
+    "cmd_plugin.distinction": {
+        *{"flwr", *LIGHTNING, *PICTURES, *LATE},
+        *METHODS - {"distinction"},
     },
     "cmd_plugin.errors": {"torch", "numpy"},
     "cmd_plugin.federated": {*LIGHTNING, *PICTURES, *LATE, "pointcloud"},
@@ -39,20 +40,26 @@ FORBIDDEN = {
     "cmd_plugin.pointcloud": {"flwr", *LIGHTNING, *PICTURES, "modes"},
     "cmd_plugin.runs": {"flwr", *LIGHTNING, *PICTURES, *METHODS, *LATE},
 }
-
 # What some names must not bring either, and what some may, being made for it.
 ALSO = {
-    "cmd_plugin.callbacks.CMDCallback": {"pointcloud", "diffusion"},
-    "cmd_plugin.callbacks.MemorizationMonitor": {"pointcloud", "modes"},
-    "cmd_plugin.callbacks.PointImportanceMonitor": {"diffusion"},
+    "cmd_plugin.callbacks.CMDCallback": {"pointcloud", "diffusion", "clip"},
+    "cmd_plugin.callbacks.EmbeddingGeometryMonitor": {"pointcloud", "diffusion", "modes"},
+    "cmd_plugin.callbacks.MemorizationMonitor": {"pointcloud", "clip", "modes"},
+    "cmd_plugin.callbacks.PointImportanceMonitor": {"diffusion", "clip"},
 }
-MAY = {"cmd_plugin.clip.Whitener": {"sklearn"}}
+_ENGINES = {*LIGHTNING, *PICTURES, "torchvision"}
+MAY = {
+    "cmd_plugin.clip.Whitener": {"sklearn"},
+    "cmd_plugin.distinction.DecompositionAttribution": {*_ENGINES, "captum"},
+    "cmd_plugin.distinction.DecompositionExplainer": _ENGINES,
+}
 
 # What every name of a room needs, and what takes seconds to import.
 START = {
     "cmd_plugin.errors": (),
     "cmd_plugin.callbacks": ("torch", "pytorch_lightning", "lightning.pytorch"),
     "cmd_plugin.clip": ("torch", "torchmetrics"),  # a metric is one of theirs
+    "cmd_plugin.distinction": ("torch", "torchmetrics"),
     "cmd_plugin.pointcloud": ("torch", "torchmetrics"),
     "cmd_plugin.federated": ("torch", "flwr.app", "flwr.clientapp", "flwr.serverapp.strategy"),
 }
@@ -88,7 +95,7 @@ for room, name in json.load(sys.stdin):
 def test_a_name_brings_no_other_room_along(room: str) -> None:
     if room == "cmd_plugin.federated":
         pytest.importorskip("flwr")
-    forgotten = ",".join(sorted(PICTURES | LATE))
+    forgotten = ",".join(sorted(PICTURES | LATE | TOWERS))
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, forgotten, *START.get(room, ("torch",))],
         input=json.dumps([(room, name) for name in NAMES[room]]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import cmd_plugin
 from cmd_plugin.clip.metrics import FeatureGaussian, WhitenedLikelihood
 from cmd_plugin.clip.statistics import GaussianStatistics
 from cmd_plugin.clip.whitening import Whitening
+from cmd_plugin.distinction import SplitQuality
 from cmd_plugin.errors import StateMismatch
 from cmd_plugin.modes import Embedding, Layout, OnlineModes
 from cmd_plugin.pointcloud.corruption_error import CorruptionError
@@ -126,6 +128,12 @@ def metric(make: Callable[[], Metric], feed: Callable[[Any, int], object], **abo
     return Case(lambda: persistent(make()), feed, lambda m: m.compute(), merge=merge, **about)
 
 
+def splits(metric: Metric, number: int) -> None:
+    answers = labels(number + 1, 2), labels(number + 2, 2)
+    branches = noise(number, BATCH, 3, 1, 4, 4)
+    metric.update(noise(number + 3, BATCH, 1, 4, 4), branches, labels(number, 2), answers, answers)
+
+
 CASES: dict[str, Case] = {
     "OnlineModes in warm-up": Case(online(), walk, seen),
     "OnlineModes in warm-up, fp32": Case(online(storage="fp32"), walk, seen),
@@ -172,6 +180,7 @@ CASES: dict[str, Case] = {
         lambda m, n: m.update(noise(n, 3, BATCH, CLASSES), labels(n)),
         exact=False,
     ),
+    "SplitQuality": metric(lambda: SplitQuality(2, 3), splits, exact=False),
     "ScoreAUROC": metric(lambda: ScoreAUROC(thresholds=50), outliers),
     "ScoreAUPR": metric(lambda: ScoreAUPR(thresholds=50), outliers),
     "FalsePositiveRate95": metric(lambda: FalsePositiveRate95(thresholds=50), outliers),
@@ -203,6 +212,8 @@ def same(one: Any, other: Any, *, exact: bool = True) -> bool:
     if isinstance(one, (list, tuple)):
         pairs = zip(one, other, strict=True)
         return len(one) == len(other) and all(same(a, b, exact=exact) for a, b in pairs)
+    if isinstance(one, float) and not exact:
+        return math.isclose(one, other, rel_tol=1e-12) or (one != one and other != other)
     return one == other or (one != one and other != other)
 
 

@@ -89,6 +89,21 @@ COMMANDS = (
         *("diffusion.fewshot:run", "show_diffusion:show_fewshot"),
     ),
     _job(
+        "distinction train",
+        *("distinction.options", "TrainOptions"),
+        *("distinction.train:run", "show_distinction:show_train"),
+    ),
+    _job(
+        "distinction evaluate",
+        *("distinction.options", "EvaluateOptions"),
+        *("distinction.evaluate:run", "show_distinction:show_evaluate"),
+    ),
+    _job(
+        "distinction explain",
+        *("distinction.options", "ExplainOptions"),
+        *("distinction.explain:run", "show_distinction:show_explain"),
+    ),
+    _job(
         "federated simulate",
         *("federated.options", "SimulateOptions", "federated.simulate:run"),
         "show_federated:show",

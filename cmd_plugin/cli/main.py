@@ -32,6 +32,7 @@ Example, about a minute, nothing to download:
 _NOUNS = {
     "points": "Point clouds: train a network, and see what it looks at.",
     "diffusion": "Diffusion models: what has one memorised, and which images did it make?",
+    "distinction": "Class evidence in images: split it from the rest, and judge the split.",
     "federated": "Federated learning that sends less, on Flower.",
     "clip": "Embeddings of CLIP and others: likelihood, geometry, drift, one space for search.",
     "bench": "Measure this package on this machine.",

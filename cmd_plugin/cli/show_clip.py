@@ -50,10 +50,12 @@ def show_score(result: Result) -> None:
         )
     if found["not_finite"]:
         console.print(f"{found['not_finite']:,} rows hold NaN or infinite values: no scores")
+    named = "name" in found["columns"]
     for title, key in (("rarest", "lowest"), ("most usual", "highest")):
-        table = _table(title, "row", "log-likelihood", "name")
+        table = _table(title, "row", "log-likelihood", *(["name"] if named else []))
         for row in found[key][:5]:
-            table.add_row(str(row["row"]), f"{row['log_likelihood']:.1f}", row["name"])
+            cells = [str(row["row"]), f"{row['log_likelihood']:.1f}"]
+            table.add_row(*cells, *([row["name"]] if named else []))
         console.print(table)
 
 
@@ -163,9 +165,11 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    for name in columns[:-1]:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(columns[-1], overflow="fold")
+    for name in columns:
+        if name == "name":  # only names give way on a narrow terminal
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

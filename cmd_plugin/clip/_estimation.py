@@ -163,7 +163,9 @@ def scores_without(z: Tensor, fit: Spectrum) -> Tensor:
     keep = 1.0 - intensity
     diagonal = keep[:, None] * (scale * raw) + (intensity * trace / dim)[:, None] + raised
     distance = (along / diagonal).sum(dim=1)
-    distance = distance / (1.0 - keep * weight * distance)
+    left = 1.0 - keep * weight * distance
+    # Below zero for no row of the fit.
+    distance = torch.where(left > 0.0, distance / left, torch.nan)
     return distance * (n / (n - 1)) ** 2  # the mean moved away from the row as well
 
 

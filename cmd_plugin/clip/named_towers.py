@@ -100,8 +100,12 @@ def _transformers(rest: str, modality: Modality, weights: str | None, name: str)
     if weights is not None:
         raise InputError("transformers: reads its weights from the folder: leave weights out.")
     try:
-        model = library.AutoModel.from_pretrained(rest)
-        tokenizer = library.AutoTokenizer.from_pretrained(rest) if modality == "text" else None
+        # Without the flag the library would ask, on the terminal, whether to run a folder's code.
+        own = {"trust_remote_code": False}
+        model = library.AutoModel.from_pretrained(rest, **own)
+        tokenizer = None
+        if modality == "text":
+            tokenizer = library.AutoTokenizer.from_pretrained(rest, **own)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

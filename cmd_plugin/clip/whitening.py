@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cmd_plugin import __version__
 from cmd_plugin.clip._estimation import (
     Spectrum,
     estimate,
@@ -74,10 +75,10 @@ class Whitening:
             :meth:`calibrate`. None if there are none yet.
     """
 
-    mean: Tensor
-    vectors: Tensor
-    variances: Tensor
-    eigenvalues: Tensor
+    mean: Tensor = field(repr=False)
+    vectors: Tensor = field(repr=False)
+    variances: Tensor = field(repr=False)
+    eigenvalues: Tensor = field(repr=False)
     rank: int
     rows: int = 0
     basis: Basis = "pca"
@@ -86,9 +87,9 @@ class Whitening:
     floored: int = 0
     normalize: Normalize = "raw"
     about: Mapping[str, str] = field(default_factory=dict)
-    reference: Tensor | None = None
-    _third: Tensor | None = None
-    _fourth: float = 0.0
+    reference: Tensor | None = field(default=None, repr=False)
+    _third: Tensor | None = field(default=None, repr=False)
+    _fourth: float = field(default=0.0, repr=False)
 
     @classmethod
     def fit(
@@ -170,7 +171,7 @@ class Whitening:
     @property
     def leaves_one_out(self) -> bool:
         """Whether a fit without one of its rows exists, so that :meth:`leave_one_out` does."""
-        needed = 3 if self.intensity else self.rank + 3
+        needed = 4 if self.intensity else self.rank + 3
         return self._third is not None and self.rows >= needed
 
     @cached_property
@@ -271,10 +272,7 @@ class Whitening:
         Raises:
             ShapeError: If they are not floating [N, d].
         """
-        return self._log_likelihood(self.squared_norm(x))
-
-    def _log_likelihood(self, squared: Tensor) -> Tensor:
-        return -0.5 * (self.vectors.shape[1] * math.log(2 * math.pi) + squared)
+        return -0.5 * (self.vectors.shape[1] * math.log(2 * math.pi) + self.squared_norm(x))
 
     def log_density(self, x: Rows) -> Tensor:
         r"""Return the log-density of the fitted Gaussian, :meth:`log_likelihood` - logdet / 2, [N].
@@ -303,7 +301,8 @@ class Whitening:
         directions were dropped the intensity stays too.
 
         Args:
-            x: Features [N, d], rows of the fit; others give nonsense.
+            x: Features [N, d], rows of the fit: others give nonsense, and NaN where they are
+                farther away than any row of the fit can be.
 
         Returns:
             [N] float64.
@@ -343,7 +342,7 @@ class Whitening:
             held_out: Whether they are others, on which nothing was fitted.
 
         Raises:
-            InputError: If no row is finite, or leave-one-out scores do not exist.
+            InputError: If no row has a score, or leave-one-out scores do not exist.
             ShapeError: If they are not floating [N, d].
         """
         check_rows(x, self.dim)
@@ -352,7 +351,9 @@ class Whitening:
         squared = score(x[::every]).double().cpu()
         squared = squared[squared.isfinite()]
         if not len(squared):
-            raise InputError("no row of the features is finite: there is no reference.")
+            raise InputError(
+                "no row has a score: give rows of the fit that are finite, or held_out=True."
+            )
         return replace(self, reference=squared.sort().values)
 
     def percentile(self, squared: Tensor) -> Tensor:
@@ -388,8 +389,6 @@ class Whitening:
         tensors["matrix"] = self.matrix
         tensors["third"], tensors["reference"] = self._third, self.reference
         config = {name: getattr(self, name) for name in _NUMBERS}
-        from cmd_plugin import __version__
-
         _SCHEMA.save(
             path,
             {name: value for name, value in tensors.items() if value is not None},

@@ -31,7 +31,9 @@ def diverged(what: str, epoch: int, seed: int, lr: float) -> InputError:
     )
 
 
-def make_trainer(accelerator: str, epochs: int, callbacks: list[Any], root: Path) -> pl.Trainer:
+def make_trainer(
+    accelerator: str, epochs: int, callbacks: list[Any], root: Path, *, precision: str = "32-true"
+) -> pl.Trainer:
     """Return a trainer that trains and does nothing else: no files, no bar, no summary.
 
     Args:
@@ -39,12 +41,14 @@ def make_trainer(accelerator: str, epochs: int, callbacks: list[Any], root: Path
         epochs: Epochs to train.
         callbacks: In the order they shall be called.
         root: Folder Lightning may take for its own.
+        precision: Lightning's name of the number format.
     """
     with quiet_lightning():
         return pl.Trainer(
             accelerator=accelerator,
             devices=1,
             max_epochs=epochs,
+            precision=precision,  # type: ignore[arg-type]
             callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,

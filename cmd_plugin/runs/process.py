@@ -34,6 +34,7 @@ _LIGHTNING_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",
     r"The number of training batches",
     r"You defined a `validation_step` but have no `val_dataloader`",
+    r"Found \d+ module\(s\) in eval mode",  # a frozen network shall be
 )
 
 ACCELERATORS = ("cpu", "auto", "gpu", "cuda", "mps")

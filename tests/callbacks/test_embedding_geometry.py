@@ -75,10 +75,7 @@ def test_logged_values_are_those_of_the_functions(namespace: str) -> None:
     last_points, last_words = pairs(96)[order]
     with torch.no_grad():
         images, texts = module.encode_image(points), module.encode_text(words)
-        fitted = {
-            "image": Whitening.fit(module.encode_image(last_points), shrinkage="ledoit-wolf"),
-            "text": Whitening.fit(module.encode_text(last_words), shrinkage="ledoit-wolf"),
-        }
+        last = {"image": module.encode_image(last_points), "text": module.encode_text(last_words)}
     gap = modality_gap(images, texts)
     expected = {
         "gap": gap.l2m,
@@ -92,7 +89,9 @@ def test_logged_values_are_those_of_the_functions(namespace: str) -> None:
         expected[f"{name}_conformity"] = float(conformity(x).mean())
         expected[f"{name}_anisotropy"] = shape.anisotropy
         expected[f"{name}_norm_variation"] = shape.thickness / shape.radius
-        expected[f"{name}_log_likelihood"] = float(fitted[name].log_likelihood(x).mean())
+        fitted = Whitening.fit(last[name], shrinkage="ledoit-wolf")
+        expected[f"{name}_log_likelihood"] = float(fitted.log_likelihood(x).mean())
+        expected[f"{name}_train_log_likelihood"] = float(fitted.log_likelihood(last[name]).mean())
     assert len(monitor.logged) == 3
     assert monitor.logged[-1].keys() == {f"geometry/{name}" for name in expected}
     for name, value in expected.items():

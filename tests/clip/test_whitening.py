@@ -165,6 +165,15 @@ def test_a_row_left_out_of_kept_directions_is_left_out_within_them() -> None:
     assert torch.allclose(kept.leave_one_out(X), expected, rtol=1e-9)
 
 
+def test_rows_that_cannot_be_of_the_fit_are_not_left_out_of_it() -> None:
+    fitted = Whitening.fit(X, shrinkage="none")
+    far = X + 1000.0
+    assert fitted.leave_one_out(far).isnan().all()
+    with pytest.raises(InputError, match="rows of the fit that are finite"):
+        fitted.calibrate(far)
+    assert fitted.calibrate(far, held_out=True).reference is not None
+
+
 def test_rows_of_the_fit_look_nearer_than_they_are() -> None:
     """Of a Gaussian: d (N - 1) / N in the fit, d (N^2 - 1) / (N (N - d - 2)) held out."""
     dim, rows = 30, 90

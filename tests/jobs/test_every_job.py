@@ -26,6 +26,7 @@ from cmd_plugin.pointcloud import build_network
 from cmd_plugin.runs.folder import RunFolder
 from cmd_plugin.runs.job import Job
 from cmd_plugin.runs.result import Result
+from tests.helpers.distinction import model_folder
 from tests.helpers.jobs import JobCase, published, start
 
 CASES = [
@@ -98,6 +99,29 @@ CASES = [
         ("--directions", "6"),
     ),
     JobCase(
+        "distinction train",
+        (
+            *("--plant", "cross", "--train-limit", "60", "--image-size", "8", "--model", "cnn:4"),
+            *("--judge", "cnn:4", "--classifier-epochs", "1", "--epochs", "2", "--width", "4"),
+            *("--branches", "2", "--threads", "1"),
+        ),
+        ("--lr", "0.01"),
+    ),
+    JobCase(
+        "distinction evaluate",
+        (
+            *("--model", "{inputs}/split", "--images", "12", "--limit-images", "1"),
+            *("--rival", "saliency", "--rival", "random", "--threads", "1"),
+        ),
+        ("--seed", "1"),
+    ),
+    JobCase(
+        "distinction explain",
+        ("{inputs}/pictures", "--model", "{inputs}/split", "--threads", "1"),
+        ("--target", "with"),
+        varying=("page.html",),
+    ),
+    JobCase(
         "federated simulate",
         (
             *("--clients", "2", "--rounds", "4", "--warmup", "2", "--train-limit", "80"),
@@ -144,7 +168,8 @@ IDS = [case.name for case in CASES]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What commands read: checkpoints, a cloud and a denoiser with networks, embeddings."""
+    """What commands read: checkpoints, a cloud with a network, embeddings, a denoiser."""
+    """What commands read: four checkpoints, a cloud and pictures with networks for them."""
     folder = tmp_path_factory.mktemp("inputs")
     draw = torch.Generator().manual_seed(0)
     weights = torch.randn(40, generator=draw)
@@ -155,6 +180,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "point").mkdir()
     network = PointNetwork(build_network("pointnet", 2, 0.25), "pointnet", 0.25, 48, ("a", "b"))
     save_point_network(folder / "point/model.safetensors", network)
+    rows = np.random.default_rng(0).normal(2, 1, size=(600, 6)).astype(np.float32)
+    np.save(folder / "rows.npy", rows[:200])
+    np.save(folder / "others.npy", rows[200:300])
+    np.save(folder / "pairs.npy", np.stack([rows[300:400], rows[300:400] - rows[400:500] / 4]))
+    for shard in (1, 2):
+        options = FitOptions(input=folder / "rows.npy", shard=f"{shard}/2")
+        fit.run(options, folder / f"fit{shard}")
     (folder / "denoiser").mkdir()
     shape, pixels = (1, 8, 8), torch.rand(2, 70, 1, 8, 8, generator=draw) * 2 - 1
     denoiser = build_denoiser("mlp", shape, 16)
@@ -169,13 +201,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(image).save(kind / f"{number}.png")
     reals = CalibrateOptions(images=(folder / "images.npy",), model=folder / "denoiser")
     calibrate(reals, folder / "reals")
-    rows = np.random.default_rng(0).normal(2, 1, size=(600, 6)).astype(np.float32)
-    np.save(folder / "rows.npy", rows[:200])
-    np.save(folder / "others.npy", rows[200:300])
-    np.save(folder / "pairs.npy", np.stack([rows[300:400], rows[300:400] - rows[400:500] / 4]))
-    for shard in (1, 2):
-        options = FitOptions(input=folder / "rows.npy", shard=f"{shard}/2")
-        fit.run(options, folder / f"fit{shard}")
+    model_folder(folder / "split", plant="cross")
+    (folder / "pictures").mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(256, size=(8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"pictures/{number}.png")
     return folder
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def find_tower(options: EncoderOptions, modality: Modality) -> Tower:
         MissingDependency: If its library is not installed.
     """
     check_accelerator(options.accelerator)
-    with _quiet_libraries():
+    with _alone(options.model or ""):
         tower = _build(options, modality)
     tower.model.to(_device(options.accelerator))
     if modality == "image":
@@ -66,14 +67,32 @@ def _build(options: EncoderOptions, modality: Modality) -> Tower:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep what libraries say of random weights, which were asked for, off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+def _alone(name: str) -> Iterator[None]:
+    """Let libraries build a model without the network, and without a word on random weights.
+
+    Raises:
+        InputError: If the model needs files that are not here.
+    """
+    level = logging.root.manager.disable
+    hub: Any = None
+    with suppress(ImportError):
+        hub = importlib.import_module("huggingface_hub.constants")
+    online = getattr(hub, "HF_HUB_OFFLINE", None)
     try:
+        logging.disable(logging.WARNING)
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = True
         yield
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise InputError(
+            f"--model {name} cannot be built from what is on this machine ({reason}): download it "
+            "beforehand, and give its folder."
+        ) from error
     finally:
-        logging.disable(before)
+        logging.disable(level)
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = online
 
 
 def describe_encoder(options: EncoderOptions, tower: Tower) -> dict[str, str]:

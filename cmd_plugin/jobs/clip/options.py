@@ -40,6 +40,59 @@ _PAIRS = (
 SHRINKAGES = ("auto", "none", "oas", "ledoit-wolf")
 
 
+# What a command reads comes first on its help page: these stand last among the bases, whose fields
+# come in reverse order.
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Input(JobOptions):
+    """One input."""
+
+    input: Path = argument(_WHAT, panel=_INPUT, positional=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TwoInputs(JobOptions):
+    """A reference and what is compared with it."""
+
+    reference: Path = argument(f"Reference. {_WHAT}", panel=_INPUT, positional=True)
+    sample: Path = argument(
+        "What is compared with it; as the reference.", panel=_INPUT, positional=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fits(JobOptions):
+    """Several fits."""
+
+    inputs: tuple[Path, ...] = argument(
+        "Folders of `clip fit`, or files of statistics.", panel=_INPUT, positional=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Modality(JobOptions):
+    """What the input is of."""
+
+    modality: str | None = option(
+        None,
+        "Which of the pairs, image or text; also said of what does not say it itself.",
+        panel=_INPUT,
+        choices=("image", "text"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Captions(JobOptions):
+    """Captions of images."""
+
+    captions: Path | None = option(
+        None,
+        "Text file with the caption of each image, in the order of their names: makes pairs.",
+        panel=_INPUT,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions(JobOptions):
     """How images and captions become embeddings; of no effect where the input is embeddings."""
@@ -153,11 +206,8 @@ class _Normalized(JobOptions):
     )
 
 
-_MODALITY = "Which of the pairs, image or text; also said of what does not say it itself."
-
-
 @dataclass(frozen=True, kw_only=True)
-class FitOptions(EncoderOptions, WhiteningOptions, _Normalized):
+class FitOptions(EncoderOptions, WhiteningOptions, _Normalized, _Modality, _Input):
     """Fit mean and covariance of embeddings: a whitening, whose norm is a likelihood.
 
     Writes whitening.safetensors (read by the other commands), statistics.safetensors (read by
@@ -169,8 +219,6 @@ class FitOptions(EncoderOptions, WhiteningOptions, _Normalized):
       cmd-plugin clip fit photos/ --model open_clip:ViT-B-32 --weights clip.safetensors --shard 1/4
     """
 
-    input: Path = argument(_WHAT, panel=_INPUT, positional=True)
-    modality: str | None = option(None, _MODALITY, panel=_INPUT, choices=("image", "text"))
     shard: str | None = option(
         None, "Only this part of the input, as 2/8; merge makes one of all.", panel=_INPUT
     )
@@ -183,7 +231,7 @@ class FitOptions(EncoderOptions, WhiteningOptions, _Normalized):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(WhiteningOptions):
+class MergeOptions(WhiteningOptions, _Fits):
     """Make one whitening of several: the same as one fit of all their rows.
 
     Reads the folders of fit (or their statistics.safetensors). Percentiles need the embeddings
@@ -193,10 +241,6 @@ class MergeOptions(WhiteningOptions):
       cmd-plugin clip merge shard1 shard2 shard3 --out all
     """
 
-    inputs: tuple[Path, ...] = argument(
-        "Folders of `clip fit`, or files of statistics.", panel=_INPUT, positional=True
-    )
-
     def check_together(self) -> None:
         """Refuse a call from Python with no input at all."""
         super().check_together()
@@ -205,7 +249,7 @@ class MergeOptions(WhiteningOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(EncoderOptions):
+class ScoreOptions(EncoderOptions, _Modality, _Input):
     """Score embeddings, images or captions against a whitening: the rare ones are unlikely.
 
     Writes scores.csv or scores.jsonl, one row an input row, and columns.json with the formula, unit
@@ -215,8 +259,6 @@ class ScoreOptions(EncoderOptions):
       cmd-plugin clip score new.npy --whitening photos --out scores
     """
 
-    input: Path = argument(_WHAT, panel=_INPUT, positional=True)
-    modality: str | None = option(None, _MODALITY, panel=_INPUT, choices=("image", "text"))
     whitening: Path = argument(
         "Folder of `clip fit` or `clip merge`, or its whitening.safetensors.", panel=_INPUT
     )
@@ -230,7 +272,7 @@ class ScoreOptions(EncoderOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions(EncoderOptions, WhiteningOptions, _Normalized):
+class ReportOptions(EncoderOptions, WhiteningOptions, _Normalized, _Modality, _Captions, _Input):
     """Show the geometry of embeddings on one page: spectrum, shell, likelihood, modality gap.
 
     Writes report.html, which needs nothing but itself, its pictures as PNG, and result.json. Of
@@ -242,15 +284,6 @@ class ReportOptions(EncoderOptions, WhiteningOptions, _Normalized):
       cmd-plugin clip report photos/ --model saved_clip/ --out report
     """
 
-    input: Path = argument(_WHAT, panel=_INPUT, positional=True)
-    captions: Path | None = option(
-        None,
-        "Text file with the caption of each image, in the order of their names: makes pairs.",
-        panel=_INPUT,
-    )
-    modality: str | None = option(
-        None, "What embeddings that do not say it are of.", panel=_INPUT, choices=("image", "text")
-    )
     temperature: float = option(0.01, "Of the contrastive loss.", panel=_PAGE, above=0)
     shift: str = option(
         "both",
@@ -268,7 +301,7 @@ class ReportOptions(EncoderOptions, WhiteningOptions, _Normalized):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(EncoderOptions):
+class CompareOptions(EncoderOptions, _Modality, _TwoInputs):
     """Test whether new embeddings are distributed as reference ones.
 
     Two tests: a permutation test of the maximum mean discrepancy, whose p-value alarms below
@@ -278,11 +311,6 @@ class CompareOptions(EncoderOptions):
       cmd-plugin clip compare reference.npy new.npy --out drift
     """
 
-    reference: Path = argument(f"Reference. {_WHAT}", panel=_INPUT, positional=True)
-    sample: Path = argument(
-        "What is compared with it; as the reference.", panel=_INPUT, positional=True
-    )
-    modality: str | None = option(None, _MODALITY, panel=_INPUT, choices=("image", "text"))
     normalize: str = option(
         "raw",
         "raw, or l2: compare directions only, and not lengths.",
@@ -299,7 +327,7 @@ class CompareOptions(EncoderOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignOptions(EncoderOptions):
+class AlignOptions(EncoderOptions, _Captions, _Input):
     """Remove the gap between images and texts, for search among both at once.
 
     Each modality is moved to the origin (centred), and also whitened. Writes centred.npy and
@@ -312,11 +340,6 @@ class AlignOptions(EncoderOptions):
     """
 
     input: Path = argument(_PAIRS, panel=_INPUT, positional=True)
-    captions: Path | None = option(
-        None,
-        "Text file with the caption of each image, in the order of their names: makes pairs.",
-        panel=_INPUT,
-    )
     shrinkage: str = option(
         "0.7",
         "Of the whitening: a share from 0 to 1, none, oas, ledoit-wolf or auto. Weak shrinkage "

@@ -237,12 +237,17 @@ def _normalization_text(own: dict[str, Any]) -> list[str]:
 
 
 def _extreme_names(one: SetGeometry) -> list[str]:
+    ends = (("least", one.lowest), ("most", one.highest))
+    named = one.rows.names is not None
     rows = [
-        [kind, str(one.rows.first + row), one.rows.name_of(row), one.scores[row]]
-        for kind, chosen in (("least", one.lowest), ("most", one.highest))
+        [
+            kind,
+            str(one.rows.first + row),
+            *([one.rows.name_of(row)] if named else []),
+            one.scores[row],
+        ]
+        for kind, chosen in ends
         for row in chosen
     ]
-    return [
-        section(f"Least and most likely {one.name}s"),
-        table(["likely", "row", "name", "log-likelihood"], rows),
-    ]
+    columns = ["likely", "row", *(["name"] if named else []), "log-likelihood"]
+    return [section(f"Least and most likely {one.name}s"), table(columns, rows)]

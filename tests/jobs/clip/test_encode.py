@@ -291,6 +291,22 @@ def test_a_saved_model_is_an_encoder(
         fit.run(options(photos, None, model=str(folders / library), untrained=True))
 
 
+def test_a_model_is_built_without_the_network(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub.constants")
+    before = hub.HF_HUB_OFFLINE
+
+    def build(*_: Any, **__: Any) -> None:
+        assert hub.HF_HUB_OFFLINE
+        raise OSError("no connection")
+
+    monkeypatch.setattr("cmd_plugin.jobs.clip.encoder.load_tower", build)
+    with pytest.raises(InputError, match=r"cannot be built from what is on this machine \(no conn"):
+        fit.run(options(photos, untrained=True, model="open_clip:roberta-ViT-B-32"))
+    assert before == hub.HF_HUB_OFFLINE
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_folder_is_a_sentence(photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
