@@ -147,7 +147,7 @@ class MemorizationScore:
         """Score images.
 
         Args:
-            images: [B, *shape] as the model sees them, or [B, C, H, W] in [-1, 1] with a codec.
+            images: [B, ...] as the model sees them, or [B, C, H, W] in [-1, 1] with a codec.
             condition: [1 or B, ...] what they are conditioned on; by default the model's own.
 
         Raises:
