@@ -84,6 +84,11 @@ COMMANDS = (
         *("diffusion.detect:detect", "show_diffusion:show_detect"),
     ),
     _job(
+        "diffusion fewshot",
+        *("diffusion.options", "FewShotOptions"),
+        *("diffusion.fewshot:run", "show_diffusion:show_fewshot"),
+    ),
+    _job(
         "distinction train",
         *("distinction.options", "TrainOptions"),
         *("distinction.train:run", "show_distinction:show_train"),

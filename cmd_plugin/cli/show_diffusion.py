@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cmd_plugin.runs.result import Result
 
-__all__ = ["show_calibrate", "show_detect", "show_memorization", "show_train"]
+__all__ = ["show_calibrate", "show_detect", "show_fewshot", "show_memorization", "show_train"]
 
 
 def show_train(result: Result) -> None:
@@ -88,6 +88,25 @@ def show_detect(result: Result) -> None:
         console.print(table)
     for line in found["warnings"]:
         console.print(f"warning: {line}", soft_wrap=True)
+    for line in found["left_out"]:
+        console.print(f"left out: {line}", soft_wrap=True)
+
+
+def show_fewshot(result: Result) -> None:
+    """Print how well so many labels tell generators that were seen, and others."""
+    found, console = result.metrics, _console()
+    table = Table(
+        box=box.SIMPLE_HEAD, title="AUROC, mean and lowest of the tests", title_justify="left"
+    )  # fmt: skip
+    for heading in ("labels of each kind", "seen generator", "unseen generator"):
+        table.add_column(heading, justify="right")
+    for count in found["seen"]:
+        cells = [
+            "-" if cell is None else f"{cell['mean']:.3f} ({cell['lowest']:.3f})"
+            for cell in (found["seen"][count], found["unseen"][count])
+        ]
+        table.add_row(count, *cells)
+    console.print(table)
     for line in found["left_out"]:
         console.print(f"left out: {line}", soft_wrap=True)
 

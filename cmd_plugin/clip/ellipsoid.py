@@ -31,9 +31,9 @@ class Ellipsoid:
         thickness: Their standard deviation; far below ``radius`` in a thin shell.
         offset: ||m|| over the norm of the features' standard deviations: how far the centre lies
             from the origin in units of the cloud.
-        dominance: sum_{j != i} |C_ij| / C_ii of each feature, shape [d]; 0 where the axes are the
-            features, far above 1 in a tilted ellipsoid. NaN for a feature that does not vary.
-        diagonal_share: sum |C_ii| / sum |C_ij|, in (0, 1]; 1 for a diagonal covariance.
+        dominance: ``sum_{j != i} |C_ij| / C_ii`` of each feature, shape [d]; 0 where the axes are
+            the features, far above 1 in a tilted ellipsoid. NaN for a feature that does not vary.
+        diagonal_share: ``sum |C_ii| / sum |C_ij|``, in (0, 1]; 1 for a diagonal covariance.
         participation: (sum of eigenvalues)^2 / (d * sum of their squares), in (0, 1]; 1 for a
             sphere, 1 / d for a line.
     """

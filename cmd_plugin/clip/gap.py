@@ -34,7 +34,7 @@ _BLOCK = 2048  # rows of a distance matrix at a time
 
 
 def separability(images: Rows, texts: Rows) -> Tensor:
-    """How far apart a feature keeps the modalities, |m_i - m_t| / sqrt(var_i + var_t).
+    """How far apart a feature keeps the modalities, ``|m_i - m_t| / sqrt(var_i + var_t)``.
 
     Args:
         images: Raw image embeddings, shape [N, d], N at least 2.

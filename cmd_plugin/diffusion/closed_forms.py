@@ -33,7 +33,7 @@ def mixture_noise(
 
     Args:
         weights: [K], above 0; they are divided by their sum.
-        means: [K, *shape].
+        means: [K, ...].
         covariances: [K] variances of round components, [K, d] variances along the axes, or
             [K, d, d] covariance matrices, with d scalars in one image.
         schedule: What times mean.
@@ -87,7 +87,7 @@ def data_noise(
     :math:`s (y - a \sum_i r_i x_i) / (s^2 + a^2 b^2)` with posterior shares :math:`r_i`.
 
     Args:
-        data: [n, *shape] training images.
+        data: [n, ...] training images.
         schedule: What times mean.
         weights: [n] how often each is in the training set; by default once.
         bandwidth: Standard deviation b of a kernel put on each, 0 for none.

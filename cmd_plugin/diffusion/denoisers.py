@@ -77,7 +77,7 @@ class _Unet(nn.Module):
 
 
 def build_denoiser(name: str, shape: Sequence[int], width: int) -> nn.Module:
-    """Return a network that maps noised images [N, *shape] and times [N] to their noise.
+    """Return a network that maps noised images [N, ...] and times [N] to their noise.
 
     Args:
         name: ``"mlp"``, for images of a few hundred scalars, or ``"unet"`` (diffusers).

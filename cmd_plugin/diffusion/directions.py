@@ -28,7 +28,7 @@ def sphere_directions(
         seed: Drawn on the CPU, so that every device sees the same ones.
 
     Returns:
-        [count, *shape] float64; of pairs the two lie next to one another.
+        [count, ...] float64; of pairs the two lie next to one another.
 
     Raises:
         InputError: If there are too few or too many, or an odd number that should be pairs.

@@ -37,7 +37,7 @@ def manifold_features(
 
     Args:
         model: The model.
-        seen: [B, *shape] images as it sees them.
+        seen: [B, ...] images as it sees them.
         t: The T times.
         directions: How many, in pairs.
         seed: Of the directions.

@@ -65,7 +65,7 @@ def check_images(model: ScoreModel, images: Tensor, condition: Tensor | None = N
     """Raise unless images can be looked at by a model.
 
     Raises:
-        ShapeError: If they are not [B, *shape] in floating point, or conditions do not fit.
+        ShapeError: If they are not [B, ...] in floating point, or conditions do not fit.
         NonFiniteError: If they hold NaN or infinite values.
     """
     if tuple(images.shape[1:]) != model.shape or not images.is_floating_point() or not len(images):
@@ -102,10 +102,10 @@ def p_laplace(
 
     Args:
         model: The model.
-        images: [B, *shape] clean images as the model sees them, any floating dtype.
+        images: [B, ...] clean images as the model sees them, any floating dtype.
         t: Times, see :class:`.schedules.NoiseSchedule`.
         p: Powers; 1 is the headline, 2 the Laplacian.
-        directions: How many, or the directions themselves, [n, *shape] of length :math:`\sqrt d`.
+        directions: How many, or the directions themselves, [n, ...] of length :math:`\sqrt d`.
         kind: How they are drawn, see :func:`.directions.sphere_directions`.
         seed: Of the directions.
         rho: Radius in units of :math:`s \sqrt d`, the distance noise has.

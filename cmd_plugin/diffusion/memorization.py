@@ -33,7 +33,9 @@ CONTROLS = ("mse", "centre_norm", "gap_norm", "sharpness", "flipd")
 - ``gap_norm``: length of the gap between conditional and unconditional estimate there (Wen et al.,
   2024); only of models with both;
 - ``sharpness``: the estimate's Jacobian applied to the estimate, at two noised images (Jeon et al.,
-  2025, with the backward product, which is the same for a true score); 1 at a point mass;
+  2025, with the backward product, which is the same for a true score); 1 at a point mass. It is
+  made for the highest noise of text-to-image models; on small ones at low noise it pointed the
+  other way in two of three runs of ours;
 - ``flipd``: local intrinsic dimension (Kamkari et al., 2024), trace by random signs.
 """
 
@@ -145,7 +147,7 @@ class MemorizationScore:
         """Score images.
 
         Args:
-            images: [B, *shape] as the model sees them, or [B, C, H, W] in [-1, 1] with a codec.
+            images: [B, ...] as the model sees them, or [B, C, H, W] in [-1, 1] with a codec.
             condition: [1 or B, ...] what they are conditioned on; by default the model's own.
 
         Raises:

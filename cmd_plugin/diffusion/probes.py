@@ -22,8 +22,8 @@ class ProbeSet:
     """Images of the training set, how often each is in it, and images that are not.
 
     Attributes:
-        members: [A, *shape] images a model trains on, as it sees them.
-        held_out: [H, *shape] images it does not.
+        members: [A, ...] images a model trains on, as it sees them.
+        held_out: [H, ...] images it does not.
         doses: [A] int64 how often each member is in the training set; by default once.
 
     Raises:

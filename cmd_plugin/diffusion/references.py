@@ -46,13 +46,13 @@ class PointwiseLaplace:
 def vector_jacobian(
     model: ScoreModel, x: Tensor, t: Tensor, vector: Tensor, condition: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the noise estimate and ``vector' J`` with its Jacobian J, [N, *shape] each.
+    """Return the noise estimate and ``vector' J`` with its Jacobian J, [N, ...] each.
 
     Args:
         model: The model.
-        x: [N, *shape] noised images.
+        x: [N, ...] noised images.
         t: [N] times.
-        vector: [N, *shape].
+        vector: [N, ...].
         condition: [N, ...] what each is conditioned on.
     """
     with model.measuring(gradients=True), torch.enable_grad():
@@ -80,7 +80,7 @@ def p_laplace_exact(
 
     Args:
         model: The model.
-        images: [B, *shape] clean images; float64 for oracles.
+        images: [B, ...] clean images; float64 for oracles.
         t: One time.
         p: One power.
         trace: ``"full"``: exact; ``"hutchinson"``: by random signs; ``"auto"``: exact up to 1024

@@ -48,7 +48,7 @@ class ScoreModel:
 
     Args:
         predict: ``predict(y, t, condition)`` returns what the network predicts, of the shape of y.
-            It is given noised images y [N, *shape] in its own coordinates, times t [N] float64 and
+            It is given noised images y [N, ...] in its own coordinates, times t [N] float64 and
             the condition of each image [N, ...] or None.
         schedule: What times mean.
         shape: Shape of one image as the model sees it, such as (channels, height, width).
@@ -181,12 +181,12 @@ class ScoreModel:
         """Return the estimate of the noise.
 
         Args:
-            x: [N, *shape] noised images in variance-preserving coordinates, floating point.
+            x: [N, ...] noised images in variance-preserving coordinates, floating point.
             t: [N] times.
             condition: [N, ...] what each image is conditioned on; by default the model's own.
 
         Returns:
-            [N, *shape] of the dtype of ``x``, at least float32.
+            [N, ...] of the dtype of ``x``, at least float32.
 
         Raises:
             ShapeError: If the images, or what the network returns, have another shape.

@@ -87,7 +87,7 @@ def adversarial(logits: Tensor, classes: Tensor, real: float) -> Tensor:
 
 
 def gradient_penalty(critic: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """R1 of Mescheder, Geiger, Nowozin (ICML 2018): 1/2 E |grad_x D(x)|^2 on real images, float32.
+    """R1 of Mescheder, Geiger, Nowozin (ICML 2018): ``1/2 E |grad_x D(x)|^2``, in float32.
 
     Args:
         critic: Maps images to logits [B, heads].

@@ -1,7 +1,7 @@
 """Train a small image-text model, watch its geometry, and ask what the papers say of it.
 
     python examples/tiny_clip/run.py                       # scikit-learn's digits: no download
-    python examples/tiny_clip/run.py --data mnist --seeds 0 1 2 --out results.json
+    python examples/tiny_clip/run.py --data mnist --seeds 0 1 2 --out results_mnist.json
 
 MNIST and CIFAR-10 are found through CMD_PLUGIN_DATA or --data-root.
 """
@@ -127,8 +127,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=("digits", "mnist", "cifar10"), default="digits")
     parser.add_argument("--data-root", default=None)
-    parser.add_argument("--pairs", type=int, default=20000)
-    parser.add_argument("--held-out", type=int, default=4000)
+    parser.add_argument("--pairs", type=int, default=10000)
+    parser.add_argument("--held-out", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)

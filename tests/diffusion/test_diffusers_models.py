@@ -12,8 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmd_plugin.diffusion import LatentCodec, ScoreModel, lid_flipd, p_laplace
-from cmd_plugin.diffusion.codecs import codec_of
+from cmd_plugin.diffusion import (
+    LatentCodec,
+    ManifoldBiasDetector,
+    MemorizationScore,
+    ScoreModel,
+    clip_embedding,
+    codec_of,
+    lid_flipd,
+    p_laplace,
+)
 from cmd_plugin.diffusion.diffusers_models import schedule_of
 from cmd_plugin.diffusion.references import vector_jacobian
 from cmd_plugin.errors import InputError, ShapeError
@@ -224,6 +232,44 @@ def test_latents_are_the_scaled_mean_of_the_encoder(pipeline: Any) -> None:
         codec.encode(images * 3)
     with pytest.raises(ShapeError, match="floating"):
         codec.encode((images * 100).byte())
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_whole_path_of_both_papers_runs_on_a_text_pipeline(pipeline: Any) -> None:
+    """Latents, captions, decoded estimates, CLIP embeddings; a gap, and every control."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tower = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+            projection_dim=10,
+        )
+    )
+    before = fingerprint(pipeline)
+    captions, nothing = torch.randn(2, 7, 16), torch.zeros(1, 7, 16)
+    model = ScoreModel.from_diffusers(pipeline, condition=nothing, unconditional=nothing)
+    codec = codec_of(pipeline)
+    detector = ManifoldBiasDetector(
+        model, parity="authors", codec=codec, embed=clip_embedding(tower), size=16
+    )
+    images = torch.rand(2, 3, 24, 20) * 2 - 1
+    found = detector.terms(images, captions)
+    assert all(bool(values.isfinite().all()) for values in found.scores().values())
+    assert bool((found.bias.abs() <= 1).all())
+    assert torch.equal(detector.terms(images, captions).criterion, found.criterion)
+    moved = detector.terms(images, captions.flip(0))
+    assert not torch.equal(moved.criterion, found.criterion)
+    score = MemorizationScore(model.with_mode("gap"), (10, 50), directions=4, codec=codec)
+    report = score(torch.rand(2, 3, 16, 16) * 2 - 1, captions)
+    assert set(report.values) == {
+        *("p1", "p2", "mse", "centre_norm", "gap_norm", "sharpness", "flipd")
+    }
+    assert fingerprint(pipeline) == before
 
 
 def test_a_network_in_half_precision_or_under_autocast_agrees(pixel_unet: Any) -> None:

@@ -91,6 +91,14 @@ CASES = [
         ("--level", "0.1"),
     ),
     JobCase(
+        "diffusion fewshot",
+        (
+            *("{inputs}/kinds", "--model", "{inputs}/denoiser", "--threads", "1"),
+            *("--per-class", "5", "--draws", "1", "--time", "50"),
+        ),
+        ("--directions", "6"),
+    ),
+    JobCase(
         "distinction train",
         (
             *("--plant", "cross", "--train-limit", "60", "--image-size", "8", "--model", "cnn:4"),
@@ -187,6 +195,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     ProbeSet(pixels[0], pixels[1]).save(folder / "denoiser/probes.safetensors")
     np.save(folder / "images.npy", pixels[0].numpy() / 2 + 0.5)
+    for number, image in enumerate((pixels[0, :24, 0] * 127.5 + 127.5).byte().numpy()):
+        kind = folder / "kinds" / ("real", "one")[number % 2]
+        kind.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(kind / f"{number}.png")
     reals = CalibrateOptions(images=(folder / "images.npy",), model=folder / "denoiser")
     calibrate(reals, folder / "reals")
     model_folder(folder / "split", plant="cross")

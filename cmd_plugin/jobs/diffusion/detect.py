@@ -18,7 +18,7 @@ from cmd_plugin.diffusion import (
 )
 from cmd_plugin.diffusion.delivery import DELIVERIES
 from cmd_plugin.errors import InputError
-from cmd_plugin.jobs.diffusion.model import Images, LoadedModel, load_model, read_for
+from cmd_plugin.jobs.diffusion.model import Images, LoadedModel, kinds_of, load_model, read_for
 from cmd_plugin.jobs.diffusion.options import CalibrateOptions, DetectOptions
 from cmd_plugin.jobs.diffusion.scoring import Scored, score_images
 from cmd_plugin.runs.job import Job, make_job
@@ -110,7 +110,7 @@ def detect(job: Job, options: DetectOptions) -> Result:
             "warnings": _warnings(images, files, len(known), options.level),
             "left_out": [*images.skipped(), *scored.lost],
         }
-        kinds = _kinds(names, options.real)
+        kinds = kinds_of(names, options.real)
         if kinds is not None:
             metrics["separation"] = job.stage(
                 "separation", partial(_separation, detector, images, scored, kinds, options.real)
@@ -161,14 +161,6 @@ def _warnings(images: Images, files: str, count: int, level: float) -> list[str]
     if 1 / (count + 1) > level:
         found.append(f"{count} real images are too few for a level of {level:g}: nothing can pass")
     return found
-
-
-def _kinds(names: list[str], real: str) -> dict[str, list[int]] | None:
-    """Kind -> places of its images; None where they lie in no folders, or none is called real."""
-    kinds: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        kinds.setdefault(name.split("/")[0] if "/" in name else "", []).append(place)
-    return kinds if real in kinds and len(kinds) > 1 and "" not in kinds else None
 
 
 def _separation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from cmd_plugin.diffusion.codecs import Codec
 from cmd_plugin.diffusion.diffusers_models import read_diffusers
 from cmd_plugin.errors import InputError
 
-__all__ = ["MODEL", "PROBES", "LoadedModel", "load_model", "read_for"]
+__all__ = ["MODEL", "PROBES", "Images", "LoadedModel", "kinds_of", "load_model", "read_for"]
 
 MODEL, PROBES = "model.safetensors", "probes.safetensors"
 
@@ -117,3 +118,11 @@ def read_for(loaded: LoadedModel, path: Path) -> Images:
     _, height, width = loaded.shape
     found = read_images(path, (height, width), labelled=False, skip_unreadable=True)
     return Images(found, loaded.shape)
+
+
+def kinds_of(names: Sequence[str], real: str) -> dict[str, list[int]] | None:
+    """Kind -> places of its images; None where they lie in no folders, or none is called real."""
+    kinds: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        kinds.setdefault(name.split("/")[0] if "/" in name else "", []).append(place)
+    return kinds if real in kinds and len(kinds) > 1 and "" not in kinds else None

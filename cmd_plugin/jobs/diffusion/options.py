@@ -9,7 +9,13 @@ from cmd_plugin.errors import InputError
 from cmd_plugin.runs.options import JobOptions, argument, option
 from cmd_plugin.runs.process import ACCELERATORS
 
-__all__ = ["CalibrateOptions", "DetectOptions", "MemorizationOptions", "TrainOptions"]
+__all__ = [
+    "CalibrateOptions",
+    "DetectOptions",
+    "FewShotOptions",
+    "MemorizationOptions",
+    "TrainOptions",
+]
 
 _DATA = "Data and network"
 _TRAINING = "Training"
@@ -255,3 +261,66 @@ class DetectOptions(_DetectorOptions):
             raise InputError(
                 "--reference is missing: give the folder that `diffusion calibrate` wrote."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShotOptions(JobOptions):
+    """Learn to tell generated from real images from a few labels, and say how far that carries.
+
+    IMAGES has a folder for each kind: one of them named real, the others each a generator. For each
+    number of labels and each generator a detector is fitted on that generator alone and tested on
+    other images of it (seen) and of the other generators (unseen), a few times over. Writes
+    features.csv, fewshot.safetensors (fitted on everything) and result.json.
+
+    Examples:
+      cmd-plugin diffusion fewshot images/ --model M --per-class 5 --per-class 50
+    """
+
+    images: tuple[Path, ...] = argument(
+        "Folder or archive with a folder for each kind of image.", panel=_MODEL, positional=True
+    )
+    model: Path | None = option(
+        None, "Folder of `diffusion train`, or of a diffusers pipeline.", panel=_MODEL
+    )
+    real: str = option("real", "Name of the folder of real images.", panel=_DETECTING)
+    per_class: tuple[int, ...] = option(
+        (5, 25, 100), "Labels of each kind, 5 to 500 (repeatable).", panel=_DETECTING, at_least=5
+    )
+    draws: int = option(5, "How often labels are drawn anew.", panel=_DETECTING, at_least=1)
+    matched: bool = option(
+        False,
+        "Match the grey levels of each generator to the real images' first, so that contrast is no "
+        "evidence.",
+        panel=_DETECTING,
+    )
+    time: tuple[float, ...] = option(
+        (10.0, 50.0, 100.0, 200.0, 400.0),
+        "Noise levels, as training steps (repeatable).",
+        panel=_DETECTING,
+    )
+    directions: int = option(8, "Directions, in pairs.", panel=_DETECTING, at_least=2)
+    gate: str = option(
+        "logistic", "logistic or forest.", panel=_DETECTING, choices=("logistic", "forest")
+    )
+    seed: int = option(0, "Of directions and draws.", panel=_DETECTING, at_least=0)
+    batch_size: int = option(
+        256,
+        "Images per call of the network: bounds the memory.",
+        panel=_MACHINE,
+        at_least=1,
+        free=True,
+    )
+    threads: int | None = option(
+        None, "CPU threads; default: torch's choice.", panel=_MACHINE, at_least=1, free=True
+    )
+
+    def check_together(self) -> None:
+        """Refuse what cannot be asked."""
+        if self.model is None:
+            raise InputError("--model is missing: give the folder of a trained model.")
+        if len(self.images) != 1:
+            raise InputError("IMAGES must be one folder or archive: put them together.")
+        if not self.time or not self.per_class:
+            raise InputError("--time and --per-class need a value each.")
+        if self.directions % 2:
+            raise InputError(f"--directions come in pairs: {self.directions} is odd.")

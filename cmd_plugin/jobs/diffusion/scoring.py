@@ -39,6 +39,7 @@ def score_images(
     columns: Sequence[str],
     images: Images | Tensor,
     score: Callable[[Tensor], Tensor],
+    names: Sequence[str] | None = None,
 ) -> Scored:
     """Score images into a table; what an earlier process scored is read from there.
 
@@ -50,12 +51,14 @@ def score_images(
         score: Returns [B, columns] of a part [B, C, H, W] in [-1, 1]. Where it raises
             NonFiniteError, the part's images are tried one by one: one image that the model cannot
             bear does not cost the others.
+        names: Name of each image; by default the folder's, of a tensor its number.
 
     Raises:
         InputError: If no image can be scored.
     """
-    names = images.found.names if isinstance(images, Images) else None
     count = len(images)
+    if names is None:
+        names = images.found.names if isinstance(images, Images) else [str(n) for n in range(count)]
     rows = job.table(table, {"number": int, "name": str, **dict.fromkeys(columns, float)})
     done = rows.rows()
     for first in range(done[-1][0] + 1 if done else 0, count, _PART):
@@ -64,10 +67,7 @@ def score_images(
             images[first:last] if isinstance(images, Tensor) else images.read(first, last) * 2 - 1
         )
         lines = _bear(score, part, len(columns)).tolist()
-        rows.append(
-            [first + n, str(first + n) if names is None else names[first + n], *line]
-            for n, line in enumerate(lines)
-        )
+        rows.append([first + n, names[first + n], *line] for n, line in enumerate(lines))
         job.report(Path(table).stem, last, count)
     done = rows.rows()
     values = torch.tensor([row[2:] for row in done], dtype=torch.float64)

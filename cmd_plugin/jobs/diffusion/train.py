@@ -17,6 +17,7 @@ from cmd_plugin.data import make_loader
 from cmd_plugin.diffusion import NoiseSchedule, TrainedDenoiser, build_denoiser
 from cmd_plugin.diffusion.plots import plot_doses
 from cmd_plugin.jobs.diffusion.data import PlantedData, load_planted
+from cmd_plugin.jobs.diffusion.model import MODEL, PROBES
 from cmd_plugin.jobs.diffusion.options import TrainOptions
 from cmd_plugin.jobs.diffusion.training import DenoiserTraining
 from cmd_plugin.jobs.fitting import TrainingClock, finished_epochs, fit, make_trainer
@@ -27,9 +28,7 @@ from cmd_plugin.runs.process import check_accelerator, own_random_state, own_thr
 from cmd_plugin.runs.result import Result
 from cmd_plugin.runs.table import Table
 
-__all__ = ["MODEL", "PROBES", "run"]
-
-MODEL, PROBES = "model.safetensors", "probes.safetensors"
+__all__ = ["run"]
 
 _WIDTHS = {"mlp": 512, "unet": 32}
 _CHECKPOINTS = 20  # in a run: an epoch of a small set takes less than writing one
