@@ -25,7 +25,7 @@ mkdir -p "$out"
 if [ -n "${QUICK:-}" ]; then
     part "kernels" 600 "$python" -m benchmarks.kernels --quick
     part "networks" 600 "$python" -m benchmarks.network_costs --quick
-    part "training" 600 "$python" -m benchmarks.cmd_resnet18 --quick
+    part "training" 900 "$python" -m benchmarks.cmd_resnet18 --quick
 else
     part "tests" 90 "$python" -m pytest -q -m gpu tests/kernels tests/callbacks tests/modes
     part "networks" 60 "$python" -m benchmarks.network_costs --out "$out"
