@@ -56,7 +56,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Print mean and spread of the AUROC of each statistic at each dose."""
     first = rows[0]["found"]
     doses = list(next(iter(first["auroc"].values())))
-    table = Table(title=f"AUROC against held-out images at t={first['t'][0]:g}, {len(rows)} seed(s)")
+    where = f"at t={first['t'][0]:g}, {len(rows)} seed(s)"
+    table = Table(title=f"AUROC against held-out images {where}")
     table.add_column("statistic")
     for dose in doses:
         table.add_column(f"x{dose}", justify="right")
