@@ -243,6 +243,7 @@ def measure_defence(
                 "clouds": len(clouds),
                 "steps": steps,
                 "limit": limit,
+                "attacks": 2,
                 "wrong without attack, plain": float(plain.wrong_before.double().mean()),
                 "wrong without attack, defended": float(clean.double().mean()),
                 "attack on the plain network": plain.rate,

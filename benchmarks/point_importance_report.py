@@ -83,12 +83,12 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
     first = result["defence"][0]
-    about = f"{first['clouds']} clouds, the stronger of two attacks of {first['steps']} steps"
+    about = f"{first['clouds']} clouds, strongest of {first['attacks']}, {first['steps']} steps"
     table = Table(title=f"Subset defence: share answered wrongly ({about})")
     table.add_column("case")
     for row in result["defence"]:
         table.add_column(f"limit {row['limit']}", justify="right")
-    for name in list(first)[3:]:
+    for name in list(first)[4:]:
         table.add_row(name, *(f"{row[name]:.3f}" for row in result["defence"]))
     console.print(table)
 
