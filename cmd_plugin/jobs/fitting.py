@@ -20,7 +20,7 @@ from cmd_plugin.data import EpochShuffle
 from cmd_plugin.errors import InputError
 from cmd_plugin.runs.process import kept_interrupt_handler, quiet_lightning
 
-__all__ = ["TrainingClock", "diverged", "finished_epochs", "fit", "make_trainer"]
+__all__ = ["ClockedRecorder", "TrainingClock", "diverged", "finished_epochs", "fit", "make_trainer"]
 
 
 def diverged(what: str, epoch: int, seed: int, lr: float) -> InputError:
@@ -151,3 +151,27 @@ class TrainingClock(Callback):
         if self._started is not None:
             self.seconds += time.perf_counter() - self._started
             self._started = None
+
+
+class ClockedRecorder(Callback):
+    """What records a training: it starts the clock anew, and keeps its seconds in checkpoints.
+
+    Args:
+        clock: The clock.
+    """
+
+    def __init__(self, clock: TrainingClock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    @override
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.clock.start()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"training_seconds": self.clock.seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.clock.seconds = state_dict["training_seconds"]

@@ -12,7 +12,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from cmd_plugin.callbacks import MemorizationMonitor
-from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.data import make_loader
 from cmd_plugin.diffusion import NoiseSchedule, TrainedDenoiser, build_denoiser
 from cmd_plugin.diffusion.plots import plot_doses
@@ -20,7 +19,13 @@ from cmd_plugin.jobs.diffusion.data import PlantedData, load_planted
 from cmd_plugin.jobs.diffusion.model import MODEL, PROBES
 from cmd_plugin.jobs.diffusion.options import TrainOptions
 from cmd_plugin.jobs.diffusion.training import DenoiserTraining
-from cmd_plugin.jobs.fitting import TrainingClock, finished_epochs, fit, make_trainer
+from cmd_plugin.jobs.fitting import (
+    ClockedRecorder,
+    TrainingClock,
+    finished_epochs,
+    fit,
+    make_trainer,
+)
 from cmd_plugin.runs.figures import save_figure
 from cmd_plugin.runs.files import write_atomically
 from cmd_plugin.runs.job import Job, make_job
@@ -43,7 +48,7 @@ _SEEN: dict[str, Any] = {
 }
 
 
-class _Recorder(Callback):
+class _Recorder(ClockedRecorder):
     """Appends a row an epoch, writes a checkpoint every so many, reports.
 
     Args:
@@ -64,16 +69,16 @@ class _Recorder(Callback):
         job: Job,
         epochs: int,
     ) -> None:
-        super().__init__()
+        super().__init__(clock)
         self.metrics, self.checkpoint, self.every = metrics, checkpoint, every
-        self.clock, self.job, self.epochs = clock, job, epochs
+        self.job, self.epochs = job, epochs
         self._losses: list[Tensor] = []
         self._rows: list[tuple[int, int, float]] = []
 
     @override
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._losses = []
-        self.clock.start()
+        super().on_train_epoch_start(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -93,14 +98,6 @@ class _Recorder(Callback):
             # Last: what this file says is finished has to be finished.
             write_atomically(self.checkpoint, trainer.save_checkpoint)
         self.job.report("training", epoch + 1, self.epochs, f"loss {loss:.4f}")
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"training_seconds": self.clock.seconds}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.clock.seconds = state_dict["training_seconds"]
 
 
 @make_job("diffusion train")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.data import make_loader
 from cmd_plugin.distinction.artefact import save_decomposer
 from cmd_plugin.distinction.decomposition import Decomposer, decompose
@@ -23,7 +22,13 @@ from cmd_plugin.jobs.classifier import Classifier
 from cmd_plugin.jobs.distinction.data import SplitData, load_split_data, pixel_range
 from cmd_plugin.jobs.distinction.model import CLASSIFIER, EXPLAINER, JUDGE, read_network
 from cmd_plugin.jobs.distinction.options import TrainOptions
-from cmd_plugin.jobs.fitting import TrainingClock, finished_epochs, fit, make_trainer
+from cmd_plugin.jobs.fitting import (
+    ClockedRecorder,
+    TrainingClock,
+    finished_epochs,
+    fit,
+    make_trainer,
+)
 from cmd_plugin.kernels.counter_random import derived_seed
 from cmd_plugin.networks import build_model, evaluate
 from cmd_plugin.networks.weights import load_weights, save_weights
@@ -128,7 +133,7 @@ def _train_network(
     return {"model": name, "accuracy": score.accuracy, "loss": score.loss}
 
 
-class _Recorder(Callback):
+class _Recorder(ClockedRecorder):
     """After each epoch: measures the split, appends a row, writes the checkpoint, reports.
 
     Args:
@@ -147,14 +152,10 @@ class _Recorder(Callback):
         clock: TrainingClock,
         report: Report,
     ) -> None:
-        super().__init__()
+        super().__init__(clock)
         self.table, self.checkpoint, self.measure = table, checkpoint, measure
-        self.clock, self.report = clock, report
+        self.report = report
         self._note = ""
-
-    @override
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self.clock.start()
 
     @override
     def on_train_batch_end(
@@ -176,14 +177,6 @@ class _Recorder(Callback):
         # Last: what this file says is finished has to be finished.
         write_atomically(self.checkpoint, trainer.save_checkpoint)
         self.report(trainer.current_epoch + 1, self._note)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"training_seconds": self.clock.seconds}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.clock.seconds = state_dict["training_seconds"]
 
 
 def _train_explainer(

@@ -13,11 +13,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from cmd_plugin.callbacks import PointImportanceMonitor
-from cmd_plugin.callbacks._lightning import Callback
 from cmd_plugin.data import make_loader
 from cmd_plugin.errors import NonFiniteError
 from cmd_plugin.jobs.classifier import Classifier
-from cmd_plugin.jobs.fitting import TrainingClock, diverged, finished_epochs, fit, make_trainer
+from cmd_plugin.jobs.fitting import (
+    ClockedRecorder,
+    TrainingClock,
+    diverged,
+    finished_epochs,
+    fit,
+    make_trainer,
+)
 from cmd_plugin.jobs.points.data import load_point_data
 from cmd_plugin.jobs.points.model import PointNetwork, save_point_network
 from cmd_plugin.jobs.points.options import TrainOptions
@@ -43,7 +49,7 @@ _COLUMNS: dict[str, Any] = {
 Report = Callable[[int, float, float | None], None]
 
 
-class _Recorder(Callback):
+class _Recorder(ClockedRecorder):
     """After each epoch: evaluates, appends a row, writes the checkpoint, reports.
 
     Args:
@@ -62,14 +68,10 @@ class _Recorder(Callback):
         clock: TrainingClock,
         report: Report,
     ) -> None:
-        super().__init__()
+        super().__init__(clock)
         self.metrics, self.checkpoint, self.batches = metrics, checkpoint, batches
-        self.clock, self.report = clock, report
+        self.report = report
         self._accuracy: float | None = None
-
-    @override
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self.clock.start()
 
     @override
     def on_train_batch_end(
@@ -91,14 +93,6 @@ class _Recorder(Callback):
         # Last: what this file says is finished has to be finished.
         write_atomically(self.checkpoint, trainer.save_checkpoint)
         self.report(epoch, 1.0, self._accuracy)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"training_seconds": self.clock.seconds}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.clock.seconds = state_dict["training_seconds"]
 
 
 @make_job("points train")
