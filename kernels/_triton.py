@@ -21,12 +21,14 @@ from cmd_plugin.kernels.pointer_table import RECORD as _RECORD
 from cmd_plugin.kernels.pointer_table import STRIDED as _STRIDED
 
 __all__ = [
+    "TYPES",
     "aligned",
     "find_block",
     "launch",
     "launch_blocks",
     "launch_vector",
     "pack",
+    "read_record",
     "rounded",
     "strided",
     "vector_block",
@@ -38,7 +40,7 @@ INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
 
 WARPS = 8
 
-_TYPES = {
+TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
@@ -48,8 +50,17 @@ _TYPES = {
 
 @triton.jit
 def find_block(records, WEIGHT: tl.constexpr):
-    """Return (pointer to the tensor, first value inside, flat position, count, kind)."""
-    record = records + RECORD * tl.program_id(0).to(tl.int64)
+    """Return what :func:`read_record` returns, of this program's block."""
+    return read_record(records, tl.program_id(0).to(tl.int64), WEIGHT)
+
+
+@triton.jit
+def read_record(records, number, WEIGHT: tl.constexpr):
+    """Return (pointer to the tensor, first value inside, flat position, count, kind).
+
+    ``number``, of the record, is an int64.
+    """
+    record = records + RECORD * number
     pointer = tl.load(record).to(tl.pointer_type(WEIGHT))
     return (
         pointer,
@@ -146,7 +157,10 @@ def vector_block(first, numel, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     return start + lane, ok
 
 
-def launch_blocks(kernel: Any, blocks: Launch, *arguments: Any, **options: Any) -> None:
-    """Run a kernel over all blocks of a pointer table."""
-    options = {"WEIGHT": _TYPES[blocks.dtype], "BLOCK": BLOCK, **options}
-    launch(kernel, blocks.programs, blocks.records.device, blocks.records, *arguments, **options)
+def launch_blocks(
+    kernel: Any, blocks: Launch, *arguments: Any, group: int = 1, **options: Any
+) -> None:
+    """Run a kernel over all blocks of a pointer table, ``group`` of them a program."""
+    options = {"WEIGHT": TYPES[blocks.dtype], "BLOCK": BLOCK, **options}
+    programs = -(-blocks.programs // group)
+    launch(kernel, programs, blocks.records.device, blocks.records, *arguments, **options)

@@ -27,6 +27,8 @@ __all__ = ["BLOCK", "FlatView", "Weights", "as_view", "tensors_of"]
 # cache.
 BLOCK = 1 << 18
 
+_KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 _Piece = tuple[Tensor, int, int]
 _Place = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 _Integers = np.ndarray[Any, Any]
@@ -269,6 +271,25 @@ class FlatView:
         """Write ``values`` [K] at flat positions ``indices`` [K] int64, CPU, in place."""
         for tensor, chosen, where in self._located(indices):
             tensor[where] = values[chosen].to(self.device, tensor.dtype)
+
+    def addresses_of(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where weights lie in memory, [K] int64, and in which dtype, [K] int64, on the CPU.
+
+        Args:
+            indices: [K] int64 flat positions, CPU.
+
+        Dtypes are numbers: 0 float16, 1 bfloat16, 2 float32, 3 float64.
+        """
+        addresses, kinds = torch.empty_like(indices), torch.empty_like(indices)
+        owner = torch.searchsorted(self._starts, indices, right=True) - 1
+        for index in sorted(set(owner.tolist())):
+            tensor, mine = self._tensors[index], owner == index
+            inside, offset = indices[mine] - self._starts[index], 0
+            for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+                offset, inside = offset + inside % size * stride, inside // size
+            addresses[mine] = tensor.data_ptr() + offset * tensor.element_size()
+            kinds[mine] = _KINDS.index(tensor.dtype)
+        return addresses, kinds
 
     def _located(self, indices: Tensor) -> list[_Place]:
         """Return each tensor that holds some of the positions, which ones [k], and where.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, PluginError
 from cmd_plugin.kernels import FlatView
-from cmd_plugin.kernels.update_affine import accepts
+from cmd_plugin.kernels.update_affine import accepts, can_follow
 from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.embedding import Embedder, check_embedding
 from cmd_plugin.modes.exchange import modelled, normalisations
@@ -21,7 +21,7 @@ from cmd_plugin.modes.fit import explained_share
 from cmd_plugin.modes.layout import Layout, check_buffers, find_weights
 from cmd_plugin.modes.sampling import sample_weights
 from cmd_plugin.modes.settings import Embedding, Settings, require_same_run
-from cmd_plugin.modes.source import Source, WeightSource, diverged
+from cmd_plugin.modes.source import Source, WeightSource, diverged, find_non_finite
 from cmd_plugin.modes.states import SavedState
 from cmd_plugin.modes.tied import Owned, moved_by
 from cmd_plugin.modes.tracker import Tracker
@@ -43,6 +43,10 @@ class OnlineModes:
     its mode and frees the store. From then on modes and references stay, and every call updates
     scale and mean of all weights by recursive least squares, in place. The training itself is never
     touched (:meth:`project` aside), and neither are the global random generators.
+
+    On a GPU an update does not wait for the device. Whether it found weights that are not finite,
+    the next call says that looks: an update after the answer has arrived, or anything that shows
+    weights, numbers or the state. Until then nothing more is taken in.
 
     **Embedded CMD** (section 3.4) makes more and more weights follow their references for good.
     Call :meth:`project` before :meth:`update`, which runs the schedule::
@@ -145,7 +149,8 @@ class OnlineModes:
 
         Raises:
             NonFiniteError: If a weight is NaN or infinite, or sums of their squares could be; the
-                modes stay as they were, bit for bit.
+                modes stay as they were, bit for bit. On a GPU, if those of an earlier call were;
+                then this snapshot is not taken in either.
             StateMismatch: If the source has other tensors than the layout.
             PluginError: If called inside :meth:`swap`.
         """
@@ -154,20 +159,42 @@ class OnlineModes:
         # State made under inference_mode (Lightning validates in it) would be fixed for good.
         with torch.inference_mode(False), torch.no_grad():
             view = self._read(source)
-            number, tracker = self.updates if label is None else label, self._tracker
-            if tracker is None:
-                taken = accepts(view)
+            tracker = self._tracker
+            if tracker is not None and tracker.should_look(view):
+                self._look()
+            number = self.updates if label is None else label
+            if tracker is not None and self._broadcast is None and can_follow(view):
+                tracker.follow(view, number)
+                self.updates += 1
+                if self._embedder is not None or tracker.is_full:
+                    self._look()
             else:
-                taken = tracker.update(view, self._values(view, tracker.choice.members), number)
-            if not taken:
-                raise diverged(view, self.layout, self.updates)
-            self.updates += 1
+                self._take(view, number)
             if self._embedder is not None and tracker is not None:
                 self._embedder.advance(tracker)
             if self._warmup is not None:
                 self._warmup.append(view, self._values(view, self.samples), number)
                 if self._warmup.complete:
                     self._fit(self._warmup, view.device)
+
+    def _take(self, view: FlatView, number: int) -> None:
+        """Take a snapshot in, or refuse it, at once."""
+        self._look()
+        tracker = self._tracker
+        if tracker is None:
+            taken = accepts(view)
+        else:
+            taken = tracker.update(view, self._values(view, tracker.choice.members), number)
+        if not taken:
+            raise diverged(find_non_finite(view), self.layout, self.updates)
+        self.updates += 1
+
+    def _look(self) -> None:
+        """Wait for what the device is still at; raise if it refused a snapshot."""
+        refused = None if self._tracker is None else self._tracker.look()
+        if refused is not None:
+            self.updates -= refused.later + 1
+            raise diverged(refused, self.layout, self.updates)
 
     def _fit(self, warmup: WarmUp, device: torch.device) -> None:
         choice, self._tracker = warmup.fit(device)
@@ -319,6 +346,7 @@ class OnlineModes:
                 "give swap() recalibrate=batches (some input batches), or make OnlineModes with "
                 "buffers='keep' (those of the raw run) or buffers='model' (modelled like weights)."
             )
+        self._look()
         tracker = self._tracker
         if tracker is None:
             yield False
@@ -376,6 +404,7 @@ class OnlineModes:
                 f"no modes yet: {self.updates} snapshots seen, the fit comes at number "
                 f"{self.settings.warmup + 1}."
             )
+        self._look()
         return self._tracker
 
     @property
@@ -449,12 +478,14 @@ class OnlineModes:
         """Return the share of all movement so far the model explains, at most 1; nan if none."""
         if self._tracker is None:
             return float("nan")
+        self._look()
         return explained_share(self._tracker.explained(self.layout), self._tracker.total_sum)
 
     # -- stop and continue -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue bit for bit: ``weights_only=True`` loads it."""
+        self._look()
         return {
             "version": _VERSION,
             "config": asdict(self.settings),

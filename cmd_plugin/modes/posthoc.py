@@ -214,11 +214,13 @@ def _require_three(count: int) -> None:
 
 
 def _require_finite(view: FlatView, layout: Layout, what: str) -> None:
-    bad, where = find_non_finite(view, layout)
-    if bad:
+    found = find_non_finite(view)
+    if found.first is not None:
+        name, inside = layout.locate(found.first)
         raise NonFiniteError(
-            f"{what} holds {bad} NaN or infinite values among {view.numel}, {where}: leave it out, "
-            "or decompose the epochs before the training diverged."
+            f"{what} holds {found.bad} NaN or infinite values among {view.numel}, the first in "
+            f"{name!r} at position {inside}: leave it out, or decompose the epochs before the "
+            "training diverged."
         )
 
 

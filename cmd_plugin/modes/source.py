@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import NonFiniteError, PluginError, ShapeError
 from cmd_plugin.kernels import FlatView
+from cmd_plugin.modes.ahead import Refused
 from cmd_plugin.modes.layout import Layout, clean_name, find_weights
 
 __all__ = ["Source", "WeightSource", "diverged", "find_non_finite"]
@@ -106,22 +107,23 @@ class WeightSource:
         ]
 
 
-def find_non_finite(view: FlatView, layout: Layout) -> tuple[int, str]:
+def find_non_finite(view: FlatView) -> Refused:
     """Return how many weights are NaN or infinite, and where the first one is."""
     bad = view.count_non_finite()
-    first = view.first_non_finite() if bad else None
-    if first is None:
-        return 0, ""
-    name, inside = layout.locate(first)
-    return bad, f"the first in {name!r} at position {inside}"
+    return Refused(bad, view.first_non_finite() if bad else None)
 
 
-def diverged(view: FlatView, layout: Layout, snapshot: int) -> NonFiniteError:
-    """Return the error for a snapshot that online CMD cannot take in."""
-    bad, where = find_non_finite(view, layout)
-    what = (
-        f"{bad} of {layout.numel} weights are NaN or infinite at snapshot {snapshot}, {where}"
-        if bad
-        else f"weights are so large that sums of their squares overflow at snapshot {snapshot}"
-    )
-    return NonFiniteError(f"{what}: the training diverged; the modes keep what they knew before.")
+def diverged(refused: Refused, layout: Layout, snapshot: int) -> NonFiniteError:
+    """Return the error for a snapshot that online CMD did not take in."""
+    if refused.first is None:
+        what = f"weights are so large that sums of their squares overflow at snapshot {snapshot}"
+    else:
+        name, inside = layout.locate(refused.first)
+        what = (
+            f"{refused.bad} of {layout.numel} weights are NaN or infinite at snapshot {snapshot}, "
+            f"the first in {name!r} at position {inside}"
+        )
+    then = "the modes keep what they knew before"
+    if refused.later:
+        then += f", and the {refused.later} snapshots taken since are not in them"
+    return NonFiniteError(f"{what}: the training diverged; {then}.")

@@ -12,6 +12,7 @@ from typing_extensions import Required
 
 from cmd_plugin.kernels import AffineFit, FlatView, reconstruct, swap_in, update_affine
 from cmd_plugin.kernels.flat_view import BLOCK
+from cmd_plugin.modes.ahead import Ahead, Numbers, Refused
 from cmd_plugin.modes.choice import ModeChoice
 from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.fit import explained_by_layer, sum_in_double, sum_of_squares
@@ -86,6 +87,9 @@ class Tracker:
         self._stride = 1
         self.seen = len(self._labels)
         self._last_label = self._labels[-1]
+        self._ahead: Ahead | None = None
+        self._unseen: list[int] = []  # labels of the snapshots that nobody has looked at
+        self._label_before = self._last_label
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +125,7 @@ class Tracker:
         Returns:
             Whether it was taken in; if not, the state is what it was, bit for bit.
         """
+        self._ahead = None
         if not bool(members.isfinite().all()):
             return False
         profile = self.choice.profile(members)
@@ -145,7 +150,80 @@ class Tracker:
         if self.follows_references:
             self._pin()
         self._remember(profile, label)
+        self._thin()
         return True
+
+    def follow(self, weights: FlatView, label: int) -> None:
+        """Take a new snapshot in on the device, which nobody waits for.
+
+        What became of it, :meth:`look` says. Until then all that this class says of profiles is as
+        old as the last look, and of the weights as new as this snapshot.
+
+        Args:
+            weights: The N weights.
+            label: Its number in the history.
+        """
+        if self._ahead is None or self._ahead.weights is not weights:
+            numbers = Numbers(
+                self.count, self.total_sum, self.seen,
+                self.profile, self.profile_mean, self.squares, self.unit,
+            )  # fmt: skip
+            self._ahead = Ahead(
+                weights,
+                self.choice,
+                numbers,
+                exact=self.follows_references,
+                decay=self.forgetting,
+                far=_FAR,
+                still=_STILL,
+            )
+        profile = self._ahead.follow(self.mode, self.slope, self.mean, self.total)
+        if not self._unseen:
+            self._label_before = self._last_label
+        self._unseen.append(label)
+        self._remember(profile, label)
+
+    def should_look(self, weights: FlatView) -> bool:
+        """Whether to :meth:`look` before these weights come, without waiting for the device.
+
+        It is if a snapshot is known to have been refused, or if the weights have moved.
+        """
+        if self._ahead is None or not self._unseen:
+            return False
+        return self._ahead.weights is not weights or self._ahead.has_bad_news
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the history has to be thinned, for which :meth:`look` has to come first."""
+        return len(self._labels) > _HISTORY
+
+    def look(self) -> Refused | None:
+        """Wait for what :meth:`follow` began; return what was refused, None if nothing was.
+
+        The state is then what it was before the first snapshot that was refused, bit for bit:
+        those that came after it are not taken in.
+        """
+        if self._ahead is None or not self._unseen:
+            return None
+        numbers, refused = self._ahead.look()
+        self.count, self.total_sum = numbers.weight, numbers.total_sum
+        self.profile, self.profile_mean = numbers.profile, numbers.profile_mean
+        self.squares, self.unit = numbers.squares, numbers.unit
+        lost = self.seen - numbers.seen
+        if lost:
+            kept = -(-numbers.seen // self._stride)
+            del self._profiles[kept:], self._labels[kept:]
+            taken = self._unseen[: len(self._unseen) - lost]
+            self._last_label = taken[-1] if taken else self._label_before
+            self.seen = numbers.seen
+        self._unseen.clear()
+        away = [i for i, profile in enumerate(self._profiles) if profile.device != self.unit.device]
+        if away:
+            fetched = torch.stack([self._profiles[i] for i in away]).cpu()
+            for i, profile in zip(away, fetched, strict=True):
+                self._profiles[i] = profile.clone()
+        self._thin()
+        return None if refused is None else refused._replace(later=lost - 1)
 
     def _in_unit_near(self, squares: Tensor) -> tuple[Tensor, Tensor]:
         """Return the slopes and Z as they are, or anew for modes whose S has left Z far behind.
@@ -178,7 +256,9 @@ class Tracker:
             self._labels.append(label)
         self.seen += 1
         self._last_label = label
-        if len(self._labels) > _HISTORY:
+
+    def _thin(self) -> None:
+        if self.is_full:
             self._profiles, self._labels = self._profiles[::2], self._labels[::2]
             self._stride *= 2
 
@@ -395,7 +475,8 @@ class Tracker:
         state.require(kept <= _HISTORY, "stride", f"keeps {kept} snapshots of at most {_HISTORY}")
         tracker._profiles = list(state.weights("profiles", (kept, modes), double, dtype))
         tracker._labels = state.whole_numbers("labels", kept)
-        tracker._last_label = state.whole("last_label")
+        tracker._last_label = tracker._label_before = state.whole("last_label")
+        tracker._ahead, tracker._unseen = None, []
         return tracker
 
     def require_finite(self, layout: Layout, state: SavedState) -> None:
@@ -438,6 +519,7 @@ def _saved_choice(state: SavedState, numel: int, settings: Settings) -> ModeChoi
     state.require(used, "member_mode", "leaves a mode without a member")
     if settings.profile == "reference":
         state.require(torch.equal(members, references), "members", "are not the references")
+        members = references  # one tensor: views of weights keep where the last one they saw lies
         state.require(torch.equal(mode, torch.arange(modes)), "member_mode", "is out of order")
         state.require(bool((weight == 1.0).all()), "member_weight", "is not 1")
     return ModeChoice(references, members, mode, weight)

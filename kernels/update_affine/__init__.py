@@ -11,8 +11,9 @@ from cmd_plugin.kernels._checks import require_state
 from cmd_plugin.kernels._dispatch import Backend, choose
 from cmd_plugin.kernels.flat_view import FlatView, Weights, as_view, tensors_of
 from cmd_plugin.kernels.update_affine import _blocked
+from cmd_plugin.kernels.update_affine.follower import Follower
 
-__all__ = ["accepts", "update_affine"]
+__all__ = ["Follower", "accepts", "can_follow", "most_squares", "update_affine"]
 
 _PACKED = 1 << 16  # weights up to which many small tensors are worth a copy in one vector
 _HEADROOM = 2.0**-20  # sums over a million snapshots, and squares of differences, stay finite
@@ -113,6 +114,16 @@ def accepts(weights: Weights, backend: Backend = "auto") -> bool:
     return _accepts(view.packed() if view.numel <= _PACKED else view, chosen)
 
 
+def most_squares(dtype: torch.dtype) -> float:
+    """Return the largest sum of squares of weights, read in a dtype, that is taken in."""
+    return _HEADROOM * torch.finfo(dtype).max
+
+
+def can_follow(weights: FlatView) -> bool:
+    """Whether a :class:`Follower` can take snapshots of these weights in: where Triton runs."""
+    return _choose(weights, "auto") == "triton"
+
+
 def _accepts(view: FlatView, chosen: str) -> bool:
     if chosen == "numba":
         from cmd_plugin.kernels.update_affine import _numba
@@ -120,7 +131,7 @@ def _accepts(view: FlatView, chosen: str) -> bool:
         squares = _numba.sum_of_squares(view)
     else:
         squares = view.sum_of_squares()
-    return squares <= _HEADROOM * torch.finfo(view.dtype).max
+    return squares <= most_squares(view.dtype)
 
 
 def _choose(view: FlatView, backend: Backend) -> str:

@@ -13,15 +13,20 @@ from torch import Tensor
 
 from cmd_plugin.kernels._triton import aligned, find_block, launch_blocks, pack, strided
 from cmd_plugin.kernels.flat_view import FlatView
+from cmd_plugin.kernels.pointer_table import PointerTable
 
-__all__ = ["update_affine", "update_block"]
+__all__ = ["launch_updates", "update_affine"]
 
 TABLE: tl.constexpr = tl.constexpr(3)  # numbers in front of the table of gains
 
 
 @triton.jit
-def update_block(weights, where, at, ok, mode, slope, mean, total, constants):
-    """Update the weights at flat positions ``at``; return (mode, slope, mean, total, e^2)."""
+def update_block(weights, where, at, ok, mode, slope, mean, total, constants, factors):
+    """Update the weights at flat positions ``at``; return their e^2.
+
+    ``factors`` are what slopes are multiplied by first, a value a mode after a number that says
+    whether there is anything to do; or None.
+    """
     blend = tl.load(constants)
     decay = tl.load(constants + 1)
     rest = tl.load(constants + 2)  # 1 - blend, rounded once
@@ -31,14 +36,17 @@ def update_block(weights, where, at, ok, mode, slope, mean, total, constants):
     e = w - b
     square = e * e
     b += e * blend
-    s = tl.load(slope + at, ok, 0.0) * decay + e * tl.load(constants + TABLE + m)
+    s = tl.load(slope + at, ok, 0.0)
+    if factors is not None:  # noqa: SIM102 which is decided when it is compiled
+        if tl.load(factors) != 0.0:
+            s = (s * tl.load(factors + 1 + m)).to(b.dtype)
+    s = s * decay + e * tl.load(constants + TABLE + m)
     tl.store(mean + at, b, ok)
     tl.store(slope + at, s, ok)
-    v = b
     if total is not None:
         v = tl.load(total + at, ok, 0.0) * decay + e * e * rest
         tl.store(total + at, v, ok)
-    return m, s, b, v, square
+    return square
 
 
 @triton.jit
@@ -50,24 +58,67 @@ def _update(
     mean,
     total,
     constants,
+    factors,
+    accepted,
     squares,
     WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    pointer, inside, start, count, kind = find_block(records, WEIGHT)
-    lane = tl.arange(0, BLOCK)
-    if kind == 1:
-        pointer, inside, start = aligned(pointer, inside, start)
-        _, _, _, _, squared = update_block(
-            pointer, inside + lane, start + lane, lane < BLOCK, mode, slope, mean, total, constants
+    taken = True
+    if accepted is not None:  # where nobody waited for the answer, the device has it
+        taken = tl.load(accepted) != 0.0
+    if taken:
+        pointer, inside, start, count, kind = find_block(records, WEIGHT)
+        lane = tl.arange(0, BLOCK)
+        if kind == 1:
+            pointer, inside, start = aligned(pointer, inside, start)
+            where, ok = inside + lane, lane < BLOCK
+            at = start + lane
+            squared = update_block(
+                pointer, where, at, ok, mode, slope, mean, total, constants, factors
+            )
+            tl.store(squares + tl.program_id(0), tl.sum(squared).to(tl.float64))
+        else:
+            where, ok = strided(shapes, kind, inside + lane), lane < count
+            at = start + lane
+            squared = update_block(
+                pointer, where, at, ok, mode, slope, mean, total, constants, factors
+            )
+            tl.store(squares + tl.program_id(0), tl.sum(squared).to(tl.float64))
+
+
+def launch_updates(
+    table: PointerTable,
+    mode: Tensor,
+    slope: Tensor,
+    mean: Tensor,
+    total: Tensor | None,
+    constants: Tensor,
+    squares: Tensor,
+    factors: Tensor | None = None,
+    accepted: Tensor | None = None,
+) -> None:
+    """Update all weights; ``squares`` [P] float64 gets the sum of e^2 of each block.
+
+    Args:
+        table: Where the weights are.
+        mode: [N] uint8.
+        slope: [N], changed in place.
+        mean: [N], changed in place.
+        total: [N], changed in place, or None.
+        constants: [3 + M] blend, decay, 1 - blend and the gains, in the dtype of ``mean``.
+        squares: [P] float64, one number a block.
+        factors: [1 + M] float64, see :func:`update_block`.
+        accepted: [1] float64; nothing is done where it is zero.
+    """
+    done = 0
+    for blocks in table.launches:
+        part = squares[done : done + blocks.programs]
+        launch_blocks(
+            *(_update, blocks, blocks.shapes, mode, slope, mean, total, constants),
+            *(factors, accepted, part),
         )
-        tl.store(squares + tl.program_id(0), tl.sum(squared).to(tl.float64))
-    else:
-        where = strided(shapes, kind, inside + lane)
-        _, _, _, _, squared = update_block(
-            pointer, where, start + lane, lane < count, mode, slope, mean, total, constants
-        )
-        tl.store(squares + tl.program_id(0), tl.sum(squared).to(tl.float64))
+        done += blocks.programs
 
 
 def update_affine(
@@ -84,9 +135,5 @@ def update_affine(
     constants = pack(mean, blend, decay, 1.0 - blend, gain)
     table = weights.pointer_table()
     squares = torch.empty(table.programs, dtype=torch.float64, device=mean.device)
-    done = 0
-    for blocks in table.launches:
-        part = squares[done : done + blocks.programs]
-        launch_blocks(_update, blocks, blocks.shapes, mode, slope, mean, total, constants, part)
-        done += blocks.programs
+    launch_updates(table, mode, slope, mean, total, constants, squares)
     return squares.sum()

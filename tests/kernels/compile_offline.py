@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 from cmd_plugin import kernels
 from cmd_plugin.errors import InputError
 from cmd_plugin.kernels import _dispatch
+from cmd_plugin.kernels.update_affine import Follower
 
 # Bytes a block may have without asking for more: the least of all GPUs of these capabilities.
 SHARED = 48 * 1024
@@ -119,6 +120,21 @@ def state(dtype: torch.dtype, numel: int = 3000) -> dict[str, torch.Tensor]:
     return {"mode": torch.zeros(numel, dtype=torch.uint8), **arrays}
 
 
+def exercise_follower(
+    weights: kernels.FlatView, arguments: dict[str, torch.Tensor], total: torch.Tensor | None
+) -> None:
+    """Call the update that waits for nothing, with few modes and with as many as there can be."""
+    numbers = {"decay": 1.0, "limit": 1e30, "far": 1e9, "still": 1e-60}
+    for modes, members in ((4, 4), (256, 1000)):
+        at = torch.arange(members)
+        weight = torch.ones(members, dtype=torch.float64)
+        references = at if members == modes else None
+        follower = Follower(weights, at, at % modes, weight, references, **numbers)
+        state = torch.zeros(4 + 4 * modes, dtype=torch.float64)
+        faults = torch.zeros(2, dtype=torch.int64)
+        follower.follow(**arguments, total=total, state=state, faults=faults)
+
+
 def exercise_weights(weights: kernels.FlatView, dtype: torch.dtype, shrink: bool) -> None:
     """Call every kernel that finds its weights by a pointer table."""
     arguments = state(dtype)
@@ -126,6 +142,7 @@ def exercise_weights(weights: kernels.FlatView, dtype: torch.dtype, shrink: bool
     total = torch.ones_like(arguments["mean"]) if shrink else None
     both = {"total": total, "energy": table if shrink else None}
     kernels.update_affine(weights, **arguments, gain=table, blend=0.1, total=total)
+    exercise_follower(weights, arguments, total)
     out = torch.zeros_like(arguments["mean"])
     kernels.reconstruct_into(weights, **arguments, step=table, **both)
     kernels.swap_in(weights, weights.empty_like(), **arguments, step=table, **both)

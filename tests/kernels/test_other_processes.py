@@ -15,7 +15,11 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-FOLDERS = [str(HERE), str(HERE.parent / "callbacks" / "test_kernels.py")]
+FOLDERS = [
+    str(HERE),
+    str(HERE.parent / "callbacks" / "test_kernels.py"),
+    str(HERE.parent / "modes" / "test_ahead.py"),
+]
 
 
 def run(command: list[str], **variables: str) -> str:

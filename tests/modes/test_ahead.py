@@ -1,0 +1,180 @@
+"""Updates that nobody waits for: reported at the next look, and no bit different on resuming.
+
+They are the updates of a GPU. Here they run on Triton's interpreter, in a process of their own that
+``tests/kernels/test_other_processes.py`` starts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from mode_toys import Net, assert_one_sentence, same_state, sgd, train_step, walks
+from torch import Tensor, nn
+
+from cmd_plugin.errors import NonFiniteError
+from cmd_plugin.kernels import _dispatch, last_backend
+from cmd_plugin.modes import Embedding, OnlineModes
+from cmd_plugin.modes import tracker as tracker_module
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns of the NaN this is about
+]
+
+OPTIONS: dict[str, Any] = {"modes": 3, "warmup": 4, "samples": 60, "buffers": "model"}
+
+
+@pytest.fixture(autouse=True)
+def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(_dispatch.VARIABLE, "triton")
+
+
+class Vector(nn.Module):
+    """A network of two tensors that a test writes."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.one, self.two = (
+            nn.Parameter(rows[0, :300].clone()),
+            nn.Parameter(rows[0, 300:].clone()),
+        )
+
+    @torch.no_grad()
+    def put(self, row: Tensor) -> None:
+        self.one.copy_(row[:300])
+        self.two.copy_(row[300:])
+
+
+def vector_run(rows: Tensor, upto: int, **options: Any) -> tuple[Vector, OnlineModes]:
+    net = Vector(rows)
+    modes = OnlineModes(net, **{**OPTIONS, **options})
+    for row in rows[:upto]:
+        net.put(row)
+        modes.update()
+    return net, modes
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shrink": True}, {"forgetting": 0.8}, {"profile": "mean"}], ids=str
+)
+def test_the_same_modes_as_at_once(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = walks(11, 2500).float()
+    _, ahead = vector_run(rows, 11, **options)
+    assert last_backend("update_affine") == "triton"
+    monkeypatch.setenv(_dispatch.VARIABLE, "torch")
+    _, at_once = vector_run(rows, 11, **options)
+    torch.testing.assert_close(ahead.reconstruct(), at_once.reconstruct(), rtol=1e-4, atol=1e-5)
+    assert ahead.explained_variance() == pytest.approx(at_once.explained_variance(), rel=1e-5)
+    one, other = ahead.decomposition(), at_once.decomposition()
+    assert list(one.epochs) == list(other.epochs)
+    torch.testing.assert_close(one.profiles, other.profiles)
+
+
+@pytest.mark.parametrize("options", [{}, {"shrink": True, "forgetting": 0.8}], ids=str)
+@pytest.mark.parametrize("stop", [5, 7, 9])
+def test_stop_and_continue(stop: int, options: dict[str, Any]) -> None:
+    net = Net()
+    net.train()
+    whole = OnlineModes(net, **OPTIONS, **options)
+    parts = OnlineModes(net, **OPTIONS, **options)
+    optimizer = sgd(net)
+    for epoch in range(11):
+        if epoch == stop:
+            state = parts.state_dict()
+            parts = OnlineModes(net, **OPTIONS, **options)
+            parts.load_state_dict(state)
+        train_step(net, optimizer, epoch)
+        whole.update(label=3 * epoch)
+        parts.update(label=3 * epoch)
+    assert same_state(whole.state_dict(), parts.state_dict())
+
+
+LOOKS: dict[str, Callable[[OnlineModes], Any]] = {
+    "update": lambda modes: modes.update(),
+    "swap": lambda modes: modes.swap().__enter__(),
+    "reconstruct": lambda modes: modes.reconstruct(),
+    "state_dict": lambda modes: modes.state_dict(),
+    "explained_variance": lambda modes: modes.explained_variance(),
+    "scale": lambda modes: modes.scale,
+}
+
+
+@pytest.mark.parametrize("look", list(LOOKS))
+def test_nan_is_reported_by_name_at_the_next_look(look: str) -> None:
+    rows = walks(12, 2500).float()
+    net, modes = vector_run(rows, 8)
+    before = modes.state_dict()
+    with torch.no_grad():
+        net.two[41] = math.nan
+    modes.update()  # nobody waits for what becomes of it
+    net.put(rows[9])
+    with pytest.raises(NonFiniteError) as caught:
+        LOOKS[look](modes)
+    assert_one_sentence(caught.value, "1 of 2500", "snapshot 8", "'two' at position 41")
+    assert same_state(modes.state_dict(), before)
+    assert modes.updates == 8
+    # The run goes on as if that snapshot had never been.
+    for row in rows[8:]:
+        net.put(row)
+        modes.update()
+    _, never = vector_run(rows, 12)
+    assert same_state(modes.state_dict(), never.state_dict())
+
+
+def test_snapshots_after_a_refused_one_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer may arrive late: until then nothing is taken in."""
+    from cmd_plugin.modes.ahead import Ahead
+
+    rows = walks(12, 2500).float()
+    net, modes = vector_run(rows, 8)
+    before = modes.state_dict()
+    monkeypatch.setattr(Ahead, "has_bad_news", False)
+    net.put(torch.full((2500,), 1e30))
+    modes.update()
+    for row in rows[9:]:
+        net.put(row)
+        modes.update()
+    monkeypatch.undo()
+    with pytest.raises(NonFiniteError) as caught:
+        modes.reconstruct()
+    assert_one_sentence(caught.value, "so large", "snapshot 8", "the 3 snapshots taken since")
+    monkeypatch.setenv(_dispatch.VARIABLE, "triton")
+    assert same_state(modes.state_dict(), before)
+
+
+def test_a_long_history_is_thinned_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker_module, "_HISTORY", 8)
+    rows = walks(30, 400).float()
+    _, ahead = vector_run(rows, 30)
+    monkeypatch.setenv(_dispatch.VARIABLE, "torch")
+    _, at_once = vector_run(rows, 30)
+    assert ahead.tracker.history()[0] == at_once.tracker.history()[0]
+    torch.testing.assert_close(ahead.tracker.history()[1], at_once.tracker.history()[1])
+
+
+def test_embedding_looks_at_once() -> None:
+    net, modes = vector_run(walks(12, 2500).float(), 8, embedding=Embedding(2, 20))
+    modes.project()
+    with torch.no_grad():
+        net.two[41] = math.inf
+    with pytest.raises(NonFiniteError, match="snapshot 8"):
+        modes.update()
+
+
+def test_weights_that_move_are_followed() -> None:
+    rows = walks(12, 2500).float()
+    net, modes = vector_run(rows, 8)
+    net.one = nn.Parameter(net.one.detach().clone())  # as load_state_dict(assign=True) does
+    for row in rows[8:]:
+        net.put(row)
+        modes.update()
+    _, stayed = vector_run(rows, 12)
+    assert same_state(modes.state_dict(), stayed.state_dict())
