@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernel", action="append", choices=KERNELS, default=[])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--quick", action="store_true", help="small, nothing is written")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(json.dumps(row))
 
     for size in [1_000_000] if options.quick else options.sizes:
-        compiled = not options.quick
+        compiled = not (options.quick or options.no_compile)
         take(measure_kernels(size, options.kernel, device=options.device, compiled=compiled))
     if not options.quick:
         options.out.mkdir(parents=True, exist_ok=True)

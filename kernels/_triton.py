@@ -129,8 +129,12 @@ def launch(
     """Run ``programs`` programs of a kernel on a device."""
     if not programs:
         return
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with nullcontext() if _is_current(device) else torch.cuda.device(device):
         kernel[(programs,)](*arguments, num_warps=WARPS, **options)
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 def launch_vector(

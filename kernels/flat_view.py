@@ -136,15 +136,20 @@ class FlatView:
         Those of one dtype lie behind one another in one piece of memory, each at a place that 16
         divides. (Where strides leave gaps or overlap, a tensor is made contiguous.)
         """
-        room: dict[torch.dtype, int] = {}
+        sizes: dict[torch.dtype, list[int]] = {}
         for tensor in self._tensors:
-            room[tensor.dtype] = room.get(tensor.dtype, 0) + _padded(tensor.numel())
-        memory = {d: torch.empty(n, dtype=d, device=self.device) for d, n in room.items()}
+            sizes.setdefault(tensor.dtype, []).append(_padded(tensor.numel()))
+        parts = {
+            dtype: iter(torch.split(torch.empty(sum(room), dtype=dtype, device=self.device), room))
+            for dtype, room in sizes.items()
+        }
         made: list[Tensor] = []
         for tensor in self._tensors:
-            flat = memory[tensor.dtype][: tensor.numel()]
-            memory[tensor.dtype] = memory[tensor.dtype][_padded(tensor.numel()) :]
-            strides = torch.empty_like(tensor, device="meta").stride()
+            flat = next(parts[tensor.dtype])
+            if tensor.is_contiguous():
+                strides = tensor.stride()
+            else:
+                strides = torch.empty_like(tensor, device="meta").stride()
             made.append(flat.as_strided(tensor.shape, strides))
         return FlatView(made, self.block, self.dtype)
 
@@ -166,7 +171,7 @@ class FlatView:
 
     def is_current(self, tensors: Sequence[Tensor]) -> bool:
         """Whether this view still addresses these tensors: the same storage in the same order."""
-        return [tensor.data_ptr() for tensor in tensors] == self._pointers
+        return list(map(Tensor.data_ptr, tensors)) == self._pointers
 
     def scratch(self) -> Tensor:
         """Return an uninitialised vector that fits any block: [min(block, N)], ``dtype``."""

@@ -108,8 +108,9 @@ def choose_modes(
     by rounding. With fewer moving rows than ``modes`` there are that many modes; with none, none.
 
     Args:
-        rows: [K, T] float64 trajectories of the sampled weights.
-        samples: [K] int64 their flat indices.
+        rows: [K, T] float64 trajectories of the sampled weights. On a GPU, correlations and
+            distances are computed there, and ``correlation`` stays there.
+        samples: [K] int64 their flat indices, CPU.
         modes: Largest number of modes.
         profile: ``"reference"`` follows the reference weight (the paper). ``"mean"`` follows the
             mean of the mode's sampled weights, each centred, scaled to the reference's standard
@@ -130,13 +131,13 @@ def _choose(
     rows: Tensor, samples: Tensor, modes: int, profile: str, dtype: torch.dtype
 ) -> ModeChoice:
     moving = moving_rows(rows, dtype)
-    rows, samples = rows[moving], samples[moving]
+    rows, samples = rows[moving], samples[moving.cpu()]
     if not samples.numel():
         return ModeChoice.of_references(samples)
     correlation = correlation_matrix(rows)
     labels = cluster_correlations(correlation, modes)
     chosen = choose_references(correlation, labels)
-    references = samples[chosen]
+    references, rows = samples[chosen], rows.cpu()
     if profile == "reference":
         return ModeChoice.of_references(references, correlation, labels)
     centred = rows - rows.mean(dim=1, keepdim=True)

@@ -43,7 +43,14 @@ def row_distances(correlation: Tensor) -> np.ndarray[tuple[int], np.dtype[np.flo
     Returns:
         [K (K-1) / 2] float64.
     """
-    count = correlation.shape[0]
+    count, device = correlation.shape[0], correlation.device
+    if device.type != "cpu":  # a matrix product there, and one copy of what is above the diagonal
+        squares = torch.linalg.vector_norm(correlation, dim=1).square()
+        gram = (correlation @ correlation.T).mul_(-2.0).add_(squares[:, None]).add_(squares)
+        above = torch.ones(count, count, dtype=torch.bool, device=device).triu_(1)
+        distances: np.ndarray[tuple[int], np.dtype[np.float64]]
+        distances = gram.clamp_(min=0.0).sqrt_()[above].cpu().numpy()
+        return distances
     squares = torch.linalg.vector_norm(correlation, dim=1).square()  # no second K x K matrix
     condensed = torch.empty(count * (count - 1) // 2, dtype=torch.float64)
     at = 0
@@ -90,7 +97,7 @@ def choose_references(correlation: Tensor, labels: Tensor) -> Tensor:
     """
     clusters = int(labels.max()) + 1
     membership = torch.nn.functional.one_hot(labels, clusters).double()
-    means = (correlation @ membership) / membership.sum(dim=0)
+    means = (correlation @ membership.to(correlation.device)).cpu() / membership.sum(dim=0)
     own = means.gather(1, labels[:, None])[:, 0]
     references = []
     for cluster in range(clusters):

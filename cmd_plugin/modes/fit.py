@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 
+_LONG = 1 << 24  # weights of a block on a GPU
+
+
 def sum_of_squares(profiles: Tensor) -> Tensor:
     """Return S_m, the squared deviations of each profile [M, T] from its mean, [M] float64."""
     return (profiles - profiles.mean(dim=1, keepdim=True)).square().sum(dim=1)
@@ -71,12 +74,15 @@ def explained_by_layer(
     """
     # In units of a power of two near the largest energy: a float32 need not hold the squares.
     _, exponent = frexp(float(energy.max()) if energy.numel() else 0.0)
-    table = ModeTable((energy * ldexp(1.0, -exponent)).to(slope.device, slope.dtype), BLOCK)
-    scratch = torch.empty(min(BLOCK, layout.numel), dtype=slope.dtype, device=slope.device)
+    # Where launching costs more than the work of a block, blocks are longer.
+    block_size = BLOCK if slope.device.type == "cpu" else _LONG
+    length = min(block_size, max(layout.sizes, default=0))
+    table = ModeTable((energy * ldexp(1.0, -exponent)).to(slope.device, slope.dtype), length)
+    scratch = torch.empty(length, dtype=slope.dtype, device=slope.device)
     layers, parts = [], []
     for layer, (start, size) in enumerate(zip(layout.offsets, layout.sizes, strict=True)):
-        for low in range(start, start + size, BLOCK):
-            block = slice(low, min(start + size, low + BLOCK))
+        for low in range(start, start + size, block_size):
+            block = slice(low, min(start + size, low + block_size))
             part = table.lookup(mode[block], scratch[: block.stop - low])
             part.mul_(slope[block]).mul_(slope[block])
             if total is not None:
@@ -102,16 +108,19 @@ def explained_share(explained: float, total: float) -> float:
 
 def total_by_layer(layout: Layout, total: Tensor) -> Tensor:
     """Return the sum of ``total`` [N] over each tensor of the layout, [L] float64."""
-    sums = [sum_in_double(part) for part in layout.split(total).values()]
-    return torch.tensor(sums, dtype=torch.float64)
+    return torch.stack([_sum_in_double(part) for part in layout.split(total).values()]).cpu()
 
 
-@own_threads(1)
 def sum_in_double(values: Tensor) -> float:
     """Return the float64 sum of a tensor, block by block.
 
-    PyTorch's own ``sum(dtype=float64)`` converts the whole tensor first, which at N weights is the
-    largest temporary of a decomposition.
+    PyTorch's own ``sum(dtype=float64)`` converts the whole tensor first on a CPU, which at N
+    weights is the largest temporary of a decomposition.
     """
-    parts = torch.split(values.reshape(-1), BLOCK)
-    return sum(float(part.sum(dtype=torch.float64)) for part in parts)
+    return float(_sum_in_double(values))
+
+
+@own_threads(1)
+def _sum_in_double(values: Tensor) -> Tensor:
+    parts = torch.split(values.reshape(-1), BLOCK if values.device.type == "cpu" else _LONG)
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts]).sum()

@@ -355,14 +355,17 @@ class OnlineModes:
             raise PluginError("this OnlineModes has no model: give swap() one.")
         with torch.inference_mode(False), torch.no_grad():
             view = self._read(target)
-            tensors = find_weights(self.layout, target, "the model")
-        with kept_buffers(normalisations(target)), modelled(view, [*tensors.values()], tracker):
+            if target is self._model:
+                tensors = self._source.tensors()
+            else:
+                tensors = [*find_weights(self.layout, target, "the model").values()]
+        with kept_buffers(normalisations(target)), modelled(view, tensors, tracker):
             self._swapped = True
             try:
                 with torch.no_grad():
-                    for name in self.layout.names:
+                    for name, tensor in zip(self.layout.names, tensors, strict=True):
                         if name.endswith("running_var"):
-                            tensors[name].clamp_(min=0.0)
+                            tensor.clamp_(min=0.0)
                 if statistics is not None:
                     load_statistics(target, statistics)
                 with recalibrated(target, recalibrate) if again else nullcontext():

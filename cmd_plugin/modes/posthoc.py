@@ -104,7 +104,8 @@ def decompose(
         data = data * factor if isinstance(trajectory, Tensor) else data.mul_(factor)
     dtype = data.dtype if base is None else base.dtype
     # Without the clustering's own matrix, which would sit on top of the fit's peak.
-    choice = replace(choose_modes(rows, chosen, modes, profile, dtype), correlation=None)
+    found = choose_modes(rows.to(data.device), chosen, modes, profile, dtype)
+    choice = replace(found, correlation=None)
     if 0 < choice.references.numel() < modes:
         _require_moving(choice.references.numel(), rows, modes, dtype)
     if not choice.modes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import is_
 
 from torch import Tensor, nn
 
@@ -15,7 +16,8 @@ __all__ = ["Source", "WeightSource", "diverged", "find_non_finite"]
 
 Source = nn.Module | Mapping[str, Tensor] | Tensor
 
-_Slot = tuple[dict[str, Tensor | None], str]
+_Table = dict[str, Tensor | None]
+_Children = dict[str, nn.Module | None]
 
 
 class WeightSource:
@@ -29,8 +31,8 @@ class WeightSource:
     def __init__(self, layout: Layout, model: nn.Module | None) -> None:
         self.layout = layout
         self.model = model
-        self._slots: list[_Slot] = []
-        self._links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
+        self._slots: tuple[list[_Table], list[str]] = [], []
+        self._links: tuple[list[_Children], list[str], list[nn.Module | None]] = [], [], []
         self._view: FlatView | None = None
 
     def view(self, source: Source | None = None) -> FlatView:
@@ -66,8 +68,7 @@ class WeightSource:
         if self.model is None:
             raise PluginError("this OnlineModes has no model whose parameters it could look at.")
         self._of_model(self.model)
-        held = [table[key] for table, key in self._slots]
-        return [tensor for tensor in held if tensor is not None]
+        return [tensor for tensor in map(dict.get, *self._slots) if tensor is not None]
 
     def unmodelled(self) -> dict[str, Tensor]:
         """Return copies of the model's other entries on the CPU, by cleaned name."""
@@ -83,8 +84,9 @@ class WeightSource:
         # Walking the modules costs more than an update of a small model: look only whether every
         # module still is where it was and holds the tensor it held. Moving a model to a device
         # replaces its buffers, and load_state_dict(assign=True) its parameters.
-        in_place = all(table.get(name) is module for table, name, module in self._links)
-        held = [table.get(name) for table, name in self._slots] if in_place else []
+        tables, names, modules = self._links
+        in_place = all(map(is_, map(dict.get, tables, names), modules))
+        held = map(dict.get, *self._slots) if in_place else ()
         tensors = [tensor for tensor in held if tensor is not None]
         if self._view is None or not self._view.is_current(tensors):
             tensors = list(find_weights(self.layout, model, "the model").values())
@@ -93,18 +95,21 @@ class WeightSource:
         return self._view
 
     def _remember_places(self, model: nn.Module) -> None:
-        slots: dict[str, _Slot] = {
+        slots = {
             clean_name(f"{prefix}.{key}" if prefix else key): (table, key)
             for prefix, module in model.named_modules(remove_duplicate=False)
             for table in (module._buffers, module._parameters)
             for key in table
         }
-        self._slots = [slots[name] for name in self.layout.names if name in slots]
-        self._links = [
+        places = [slots[name] for name in self.layout.names if name in slots]
+        self._slots = [table for table, _ in places], [key for _, key in places]
+        links = [
             (module._modules, key, child)
             for module in model.modules()
             for key, child in module._modules.items()
         ]
+        parents, keys, children = zip(*links, strict=True) if links else ((), (), ())
+        self._links = [*parents], [*keys], [*children]
 
 
 def find_non_finite(view: FlatView) -> Refused:

@@ -346,7 +346,9 @@ class Tracker:
         """
         tied = self.tied if self.tied is not None and self.tied.count else None
         slope = self.slope if tied is None else self.slope.masked_fill(tied.mask, 0.0)
-        parts = explained_by_layer(layout, self.mode, slope, self.energy, self.total)
+        # As one layer: what each of them explains, nobody asks for.
+        whole = Layout.of_vector(layout.numel, layout.state_dtype)
+        parts = explained_by_layer(whole, self.mode, slope, self.energy, self.total)
         return float(parts.sum()) + (0.0 if tied is None else self._explained_by(tied))
 
     def _explained_by(self, tied: TiedWeights) -> float:

@@ -171,15 +171,30 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 
 def _copies(modules: Iterable[nn.Module]) -> list[_Kept]:
-    return [
-        (module._buffers, name, buffer, buffer.detach().clone())
+    kept: list[_Kept] = [
+        (module._buffers, name, buffer, torch.empty_like(buffer))
         for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    with torch.no_grad():
+        _copy_all((copy, buffer) for _, _, buffer, copy in kept)
+    return kept
+
+
+def _copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy (into, from) pairs: on a GPU in one launch for all of a dtype."""
+    alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for into, values in pairs:
+        targets, sources = alike.setdefault((into.device, into.dtype), ([], []))
+        targets.append(into.detach())
+        sources.append(values.detach())
+    for targets, sources in alike.values():
+        torch._foreach_copy_(targets, sources)
 
 
 def _put_back(kept: list[_Kept]) -> None:
+    pairs = []
     with torch.no_grad():
         for owner, name, buffer, copy in kept:
             current = owner.get(name)
@@ -188,4 +203,5 @@ def _put_back(kept: list[_Kept]) -> None:
                     owner[name] = buffer
                 else:
                     buffer = current
-            buffer.detach().copy_(copy)
+            pairs.append((buffer, copy))
+        _copy_all(pairs)

@@ -1,7 +1,7 @@
 """Triton path of ``assign_and_fit``: one pass, T values read and 13 bytes written a weight.
 
-A program holds 512 weights. It walks over their T snapshots once for the mean and once more for
-every eight modes; after the first walk they are in the cache. All sums stay in registers, one
+A program holds 1024 weights. It walks over their T snapshots once for the mean and once more for
+every ten modes; after the first walk they are in the cache. All sums stay in registers, one
 weight to a lane, so there is no shared memory, no barrier, and neither T nor M is padded or
 compiled in. Products are IEEE multiply-adds in the dtype of the result, never TF32.
 """
@@ -18,8 +18,8 @@ from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
 
 __all__ = ["assign_and_fit"]
 
-_BLOCK = 512
-_GROUP = 8  # modes whose products are summed in one walk
+_BLOCK = 1024
+_GROUP = 10  # modes whose products are summed in one walk
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _walk(
     column,
     SQUARES: tl.constexpr,
 ):
-    """Walk over the snapshots for eight modes; return (best, chosen, which, sum of squares)."""
+    """Walk over the snapshots for ten modes; return (best, chosen, which, sum of squares)."""
     squares = tl.zeros_like(shift)
     p0 = tl.zeros_like(shift)
     p1 = tl.zeros_like(shift)
@@ -62,6 +62,8 @@ def _walk(
     p5 = tl.zeros_like(shift)
     p6 = tl.zeros_like(shift)
     p7 = tl.zeros_like(shift)
+    p8 = tl.zeros_like(shift)
+    p9 = tl.zeros_like(shift)
     unit += group
     if base is not None:  # the first snapshot differs from itself by nothing
         x = -shift
@@ -75,6 +77,8 @@ def _walk(
         p5 += x * tl.load(unit + 5)
         p6 += x * tl.load(unit + 6)
         p7 += x * tl.load(unit + 7)
+        p8 += x * tl.load(unit + 8)
+        p9 += x * tl.load(unit + 9)
         unit += padded
     # One number moves from snapshot to snapshot, not an address for each weight.
     for _ in tl.range(stored, loop_unroll_factor=2):
@@ -92,6 +96,8 @@ def _walk(
         p5 += x * tl.load(unit + 5)
         p6 += x * tl.load(unit + 6)
         p7 += x * tl.load(unit + 7)
+        p8 += x * tl.load(unit + 8)
+        p9 += x * tl.load(unit + 9)
         trajectory += row
         unit += padded
     best, chosen, which = _take(p0, group + 0, best, chosen, which)
@@ -102,6 +108,8 @@ def _walk(
     best, chosen, which = _take(p5, group + 5, best, chosen, which)
     best, chosen, which = _take(p6, group + 6, best, chosen, which)
     best, chosen, which = _take(p7, group + 7, best, chosen, which)
+    best, chosen, which = _take(p8, group + 8, best, chosen, which)
+    best, chosen, which = _take(p9, group + 9, best, chosen, which)
     return best, chosen, which, squares
 
 
@@ -170,7 +178,7 @@ def _fit(
         column,
         SQUARES=True,
     )
-    for group in range(8, modes, 8):
+    for group in range(10, modes, 10):
         best, chosen, which, _ = _walk(
             trajectory,
             base,

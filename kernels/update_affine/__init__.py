@@ -129,6 +129,10 @@ def _accepts(view: FlatView, chosen: str) -> bool:
         from cmd_plugin.kernels.update_affine import _numba
 
         squares = _numba.sum_of_squares(view)
+    elif chosen == "triton":
+        from cmd_plugin.kernels.update_affine import _triton_follow
+
+        squares = float(_triton_follow.sum_of_squares(view))
     else:
         squares = view.sum_of_squares()
     return squares <= most_squares(view.dtype)

@@ -22,12 +22,13 @@ from cmd_plugin.kernels._triton import (
     read_record,
     strided,
 )
+from cmd_plugin.kernels.flat_view import FlatView
 from cmd_plugin.kernels.pointer_table import PointerTable
 from cmd_plugin.kernels.update_affine._triton import TABLE as _TABLE
 from cmd_plugin.kernels.update_affine._triton import launch_updates
 from cmd_plugin.kernels.update_affine.follower import HEADER
 
-__all__ = ["GROUP", "follow", "scratch_for"]
+__all__ = ["GROUP", "Scratch", "follow", "sum_of_squares"]
 
 GROUP = 8  # blocks a program checks
 _LEAST = 256  # modes a launch has room for: of fewer, nothing is compiled anew
@@ -216,13 +217,55 @@ def _finish(
                 tl.store(total + at, moved.to(STATE), live)
 
 
-def scratch_for(table: PointerTable, modes: int, like: Tensor) -> tuple[Tensor, ...]:
-    """Return what :func:`follow` writes in between: of the check, of the update, plan, gains."""
-    parts = sum(-(-blocks.programs // GROUP) for blocks in table.launches)
-    double = {"dtype": torch.float64, "device": like.device}
-    constants = torch.empty(_TABLE.value + modes, dtype=like.dtype, device=like.device)
-    sizes = (parts, table.programs, 2 + modes)
-    return *(torch.empty(size, **double) for size in sizes), constants  # type: ignore[call-overload]
+class Scratch:
+    """What launches write for one another, made once for all snapshots of a network.
+
+    Args:
+        table: Where the weights are.
+        modes: Number of modes M.
+        like: The state of the weights, for its dtype and device.
+
+    Attributes:
+        checked: For each launch its blocks and where the sums of its groups go.
+        sums: [P'] float64, the sums of all groups.
+        squares: [P] float64, the sums of e^2 of all blocks.
+        accepted: [2 + M] float64: whether the snapshot is taken in, whether slopes are carried to
+            another unit, and their factors; ``factors`` is the same without the first number.
+        constants: [3 + M] what the update multiplies by.
+    """
+
+    def __init__(self, table: PointerTable, modes: int, like: Tensor) -> None:
+        parts = [-(-blocks.programs // GROUP) for blocks in table.launches]
+        double = {"dtype": torch.float64, "device": like.device}
+        self.sums = torch.empty(sum(parts), **double)  # type: ignore[call-overload]
+        self.squares = torch.empty(table.programs, **double)  # type: ignore[call-overload]
+        self.accepted = torch.empty(2 + modes, **double)  # type: ignore[call-overload]
+        self.factors = self.accepted[1:]
+        self.constants = torch.empty(_TABLE.value + modes, dtype=like.dtype, device=like.device)
+        self.checked = list(zip(table.launches, torch.split(self.sums, parts), strict=True))
+
+
+def check(scratch: Scratch, state: Tensor, faults: Tensor, settings: Tensor, like: Tensor) -> None:
+    """Sum the squares of all weights into ``scratch.sums``, in the dtype of ``like``."""
+    number = TYPES[like.dtype]
+    for blocks, sums in scratch.checked:
+        launch_blocks(
+            *(_check, blocks, blocks.shapes, blocks.programs, state, sums, faults, settings),
+            group=GROUP,
+            STATE=number,
+            GROUP=GROUP,
+        )
+
+
+def sum_of_squares(weights: FlatView) -> Tensor:
+    """Return [] float64 the sum of the squares of the weights, not finite if one is not."""
+    like = torch.empty(0, dtype=weights.dtype, device=weights.device)
+    state = torch.zeros(HEADER, dtype=torch.float64, device=weights.device)
+    scratch = Scratch(weights.pointer_table(), 0, like)
+    # The state refuses nothing, and what is counted of a sum that is not finite is not looked at.
+    check(scratch, state, state.long(), torch.full_like(state, float("inf")), like)
+    squares: Tensor = scratch.sums.sum()
+    return squares
 
 
 def follow(
@@ -235,28 +278,19 @@ def follow(
     members: Sequence[Tensor],
     references: Tensor | None,
     faults: Tensor,
-    scratch: Sequence[Tensor],
+    scratch: Scratch,
     settings: Tensor,
 ) -> Tensor:
     """Return the next state; see :class:`cmd_plugin.kernels.update_affine.Follower`."""
     device, after = state.device, torch.empty_like(state)
-    partial, squares, accepted, constants = scratch
     modes = (state.numel() - HEADER) // 4
     width = max(_LEAST, triton.next_power_of_2(modes))
     number = TYPES[mean.dtype]
-    done = 0
-    for blocks in table.launches:
-        launch_blocks(
-            *(_check, blocks, blocks.shapes, blocks.programs, state, partial[done:], faults),
-            settings,
-            group=GROUP,
-            STATE=number,
-            GROUP=GROUP,
-        )
-        done += -(-blocks.programs // GROUP)
+    accepted, constants, squares = scratch.accepted, scratch.constants, scratch.squares
+    check(scratch, state, faults, settings, mean)
     addresses, kinds, member_mode, member_weight = members
     launch(
-        *(_plan, 1, device, state, after, constants, accepted, partial, done),
+        *(_plan, 1, device, state, after, constants, accepted, scratch.sums, scratch.sums.numel()),
         *(addresses, kinds, member_mode, member_weight, addresses.numel()),
         *(settings, modes),
         MODES=width,
@@ -265,8 +299,7 @@ def follow(
         STATE=number,
         enable_fp_fusion=False,
     )
-    factors = accepted[1:]
-    launch_updates(table, mode, slope, mean, total, constants, squares, factors, accepted)
+    launch_updates(table, mode, slope, mean, total, constants, squares, scratch.factors, accepted)
     launch(
         *(_finish, 1, device, after, accepted, squares, table.programs, settings),
         *(references, slope, mean, total, modes),

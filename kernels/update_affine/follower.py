@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from cmd_plugin.kernels.flat_view import FlatView
+
+if TYPE_CHECKING:
+    from cmd_plugin.kernels.update_affine._triton_follow import Scratch
 
 __all__ = ["HEADER", "Follower"]
 
@@ -66,7 +71,7 @@ class Follower:
         self._references = None if references is None else references.to(device)
         settings = [decay, limit, far, still]
         self._settings = torch.tensor(settings, dtype=torch.float64, device=device)
-        self._scratch: tuple[Tensor, ...] | None = None
+        self._scratch: Scratch | None = None
 
     def follow(
         self,
@@ -93,7 +98,8 @@ class Follower:
 
         table = self.weights.pointer_table()
         if self._scratch is None:
-            self._scratch = _triton_follow.scratch_for(table, (state.numel() - HEADER) // 4, mean)
+            modes = (state.numel() - HEADER) // 4
+            self._scratch = _triton_follow.Scratch(table, modes, mean)
         return _triton_follow.follow(
             table,
             mode,
