@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from cmd_plugin.distinction.plants import Recovery as Recovery
     from cmd_plugin.distinction.plants import plant as plant
     from cmd_plugin.distinction.plants import plant_recovery as plant_recovery
+    from cmd_plugin.distinction.plants import plant_remainder as plant_remainder
     from cmd_plugin.distinction.plots import plot_decomposition as plot_decomposition
     from cmd_plugin.distinction.quality import SplitQuality as SplitQuality
     from cmd_plugin.distinction.quality import SplitReport as SplitReport
@@ -80,6 +81,7 @@ _MODULES = {
     "normalised_area": "curves",
     "plant": "plants",
     "plant_recovery": "plants",
+    "plant_remainder": "plants",
     "plot_decomposition": "plots",
     "pointing_game": "masks",
     "removal_curve": "curves",

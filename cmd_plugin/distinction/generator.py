@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, leaky_relu, pad
+from torch.nn.functional import avg_pool2d, interpolate, leaky_relu, pad
 from typing_extensions import override
 
 from cmd_plugin.errors import InputError, ShapeError
@@ -190,7 +190,7 @@ class _Block(nn.Module):
 
 
 def _halved(x: Tensor) -> Tensor:
-    return interpolate(x, scale_factor=0.5, mode="area")
+    return avg_pool2d(x, 2)  # of an area, interpolate has no deterministic gradient on a GPU
 
 
 def _doubled(x: Tensor) -> Tensor:

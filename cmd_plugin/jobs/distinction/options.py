@@ -176,6 +176,9 @@ class EvaluateOptions(JobOptions):
     threads: int | None = option(
         None, "CPU threads; default: torch's choice.", panel=_MACHINE, at_least=1, free=True
     )
+    accelerator: str = option(
+        "cpu", "cpu, gpu, mps or auto.", panel=_MACHINE, choices=ACCELERATORS, free=True
+    )
 
     def check_together(self) -> None:
         """Refuse rivals that there are not."""

@@ -98,11 +98,10 @@ def test_all_rivals_are_measured_like_the_decomposition(model: Path, tmp_path: P
     found = result.metrics
     assert set(found["rivals"]) == set(RIVAL_NAMES)
     assert found["rivals_left_out"] == {}
-    assert set(found["plant"]) == {"ncc", "signed", "iou", "cosine"}
     for row in (found, *found["rivals"].values()):
         assert set(row["auc"]) == {"removal", "deletion"}
         assert set(row["auc"]["removal"]) == {"classifier", "judge"}
-        assert set(row["plant"]) == {"ncc", "signed", "iou", "cosine"}
+        assert set(row["plant"]) == {"ncc", "signed", "iou", "cosine", "remainder"}
     assert len(found["judge_accuracy"]) == 2
     assert {"grey", "filled"} == set(found["limits"]["greedy"])
     json.dumps(result.as_dict(), allow_nan=False)
