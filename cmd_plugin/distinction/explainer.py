@@ -1,10 +1,10 @@
-"""Training of a decomposition around a frozen classifier, for any Lightning trainer."""
+"""Training of a decomposition around a frozen classifier, for Lightning's trainers."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -26,7 +26,12 @@ from cmd_plugin.distinction.quality import SplitQuality, SplitReport
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.kernels.counter_random import check_seed, derived_seed
 
-__all__ = ["DecompositionExplainer"]
+if TYPE_CHECKING:
+    _Module = pl.LightningModule
+else:
+    _Module = object
+
+__all__ = ["DecompositionExplainer", "ExplainerTraining"]
 
 _NOT_SAVED = ("decomposer.classifier.", "judge.")
 _STEPS, _HASH = "distinction_steps", "distinction_classifier"
@@ -35,7 +40,7 @@ _WARMUP = 10.0
 _KIND = 20  # letters by which warnings are told apart: numbers come later
 
 
-class DecompositionExplainer(pl.LightningModule):
+class ExplainerTraining(_Module):
     """Learns to split images into what speaks for a class and the rest; see :func:`decompose`.
 
     Batches are images [B, C, H, W], as the classifier takes them, and classes [B]. Each step is one
@@ -43,6 +48,10 @@ class DecompositionExplainer(pl.LightningModule):
     weights (EMA) is what is used afterwards: :attr:`decomposer`. Everything random is a function of
     the seed and the number of the step, so a run that goes on from a checkpoint ends with the same
     bits as one that was not stopped. Meant for one device.
+
+    This class holds what is common to modules for the two Lightning distributions, whose trainers
+    refuse each other's: :class:`DecompositionExplainer` is for ``pytorch_lightning``, its namesake
+    in :mod:`cmd_plugin.distinction.lightning` for ``lightning.pytorch``.
 
     With a validation loader the quality of the splits is logged after each epoch
     (``split_psnr``, ``split_removed``, ``split_specialization``, ``split_distinct_power``,
@@ -265,6 +274,13 @@ class DecompositionExplainer(pl.LightningModule):
         average: list[Tensor] = [*self.decomposer.generator.parameters()]
         trained: list[Tensor] = [*self.generator.parameters()]
         torch._foreach_lerp_(average, trained, 1.0 - kept)
+
+
+class DecompositionExplainer(ExplainerTraining, pl.LightningModule):
+    """Learns to split images into what speaks for a class and the rest, in ``pytorch_lightning``.
+
+    Its arguments are those of :class:`ExplainerTraining`, which says what it does.
+    """
 
 
 def _mean(values: tuple[float, ...]) -> float:

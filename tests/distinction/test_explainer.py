@@ -88,6 +88,28 @@ def test_the_users_classifier_is_bit_identical_afterwards() -> None:
     assert split.branches.shape == (2, 2, 3, 8, 8)
 
 
+def test_trainers_of_both_lightnings_train_to_the_same_bits() -> None:
+    other = pytest.importorskip("lightning.pytorch")
+    from cmd_plugin.distinction.lightning import DecompositionExplainer as OtherExplainer
+
+    ours = explainer()
+    train(ours, 2)
+    theirs = OtherExplainer(conv_net(), 2, 1, 8, **SMALL)
+    with quiet_lightning():
+        made = other.Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        made.fit(theirs, loader(), loader(shuffle=False))
+    assert "split_psnr" in made.callback_metrics
+    assert theirs.steps == 4
+    assert same(weights(theirs), weights(ours))
+
+
 def test_training_leaves_the_classifier_in_evaluation_mode() -> None:
     module = explainer().train()
     assert module.generator.training
