@@ -51,6 +51,8 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "data": "cifar10",
         "pick": ("automobile", "truck"),
         "epochs": 4,
+        "width": 16,
+        "critic_width": 32,
         "classifier_epochs": 12,
     },
 }

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cmd_plugin.distinction.explainer import DecompositionExplainer as DecompositionExplainer
     from cmd_plugin.distinction.frozen import PixelRange as PixelRange
     from cmd_plugin.distinction.generator import BranchedGenerator as BranchedGenerator
+    from cmd_plugin.distinction.masks import boxes_to_mask as boxes_to_mask
     from cmd_plugin.distinction.masks import mask_iou as mask_iou
     from cmd_plugin.distinction.masks import mass_inside as mass_inside
     from cmd_plugin.distinction.masks import pointing_game as pointing_game
@@ -64,6 +65,7 @@ _MODULES = {
     "Recovery": "plants",
     "SplitQuality": "quality",
     "SplitReport": "quality",
+    "boxes_to_mask": "masks",
     "branch_covariance": "covariance",
     "counterfactual_transition": "curves",
     "decompose": "decomposition",

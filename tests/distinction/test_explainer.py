@@ -197,6 +197,21 @@ def test_the_penalty_can_be_taken_now_and_then(monkeypatch: pytest.MonkeyPatch) 
     assert len(taken) == 2  # of the steps 0 to 3
 
 
+def test_the_mapping_of_noise_learns_at_a_hundredth_of_the_rate() -> None:
+    module = explainer(noise=3)
+    by_generator, _ = module.configure_optimizers()
+    rates = {id(p): group["lr"] for group in by_generator.param_groups for p in group["params"]}
+    mapping = {id(p) for p in module.generator.codes.parameters()}
+    assert len(rates) == len([*module.generator.parameters()])
+    for parameter in module.generator.parameters():
+        wanted = 1e-5 if id(parameter) in mapping else 1e-3
+        assert rates[id(parameter)] == pytest.approx(wanted)
+    runs = [module, explainer(noise=3)]
+    for run in runs:
+        train(run)
+    assert same(weights(runs[0]), weights(runs[1]))
+
+
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(InputError, match="choose distinction"):
         DecompositionExplainer(None, 2, 1, 8)

@@ -202,8 +202,10 @@ def _train_explainer(
         high=pixels.high.flatten().tolist(),
         branches=options.branches,
         width=options.width,
+        noise=options.noise,
         lr=options.lr,
         critic_lr=options.critic_lr,
+        critic_width=options.critic_width,
         seed=options.seed,
     )
     watched = _first_batches(data, _WATCHED)
