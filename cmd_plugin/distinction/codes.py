@@ -56,4 +56,5 @@ class NoisyCodes(nn.Module):
             noise = self.usual.expand(len(classes), -1)
         hidden = relu(self.second(relu(self.first(noise))))
         each = self.own(hidden).unflatten(1, (self.classes, -1))
-        return each[torch.arange(len(classes), device=classes.device), classes]
+        found: Tensor = each[torch.arange(len(classes), device=classes.device), classes]
+        return found
