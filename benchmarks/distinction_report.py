@@ -37,6 +37,7 @@ WANTED: dict[tuple[str, str], dict[str, tuple[str, float]]] = {
         "PSNR": ("at least", 26.0),
         "judge, class 1": ("at most", 0.10),
         "IoU above rivals": ("at least", 0.20),
+        "class cosine": ("at most", 0.9),
     },
     ("cross", "distinction"): {"IoU": ("at least", 0.85), "NCC": ("at least", 0.75)},
     ("cross", "dxai"): {"IoU": ("at least", 0.50), "NCC": ("at least", 0.60)},
@@ -135,6 +136,7 @@ def summarise(row: Row) -> dict[str, float | None]:
         "judge moved": abs(after - before),
         "shortcut": split["shortcut"],
         "COUT": found["cout"],
+        "class cosine": found.get("class_cosine"),
         "minutes": row["seconds"]["training"] / 60.0,
     }
 
@@ -192,7 +194,7 @@ def tables(rows: Iterable[Row]) -> dict[str, tuple[list[str], list[list[str]]]]:
             each = [_scores(row["found"]["rivals"][rival]) for row in first]
             lines[rival.replace("_", " ")] = _medians(each)
         judges = sorted({name for each in lines.values() for name in each if "class" in name})
-        columns = [*_SHOWN.get(experiment, ()), *_AREAS, "COUT", "PSNR", *judges]
+        columns = [*_SHOWN.get(experiment, ()), *_AREAS, "COUT", "class cosine", "PSNR", *judges]
         columns = [name for name in columns if any(name in each for each in lines.values())]
         cells = [
             [name, *(f"{each[c]:.3f}" if c in each else "" for c in columns)]

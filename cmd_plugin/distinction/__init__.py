@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         DecompositionAttribution as DecompositionAttribution,
     )
     from cmd_plugin.distinction.covariance import branch_covariance as branch_covariance
+    from cmd_plugin.distinction.covariance import class_cosine as class_cosine
     from cmd_plugin.distinction.covariance import importance as importance
     from cmd_plugin.distinction.covariance import specialization as specialization
     from cmd_plugin.distinction.curves import Curve as Curve
@@ -67,6 +68,7 @@ _MODULES = {
     "SplitReport": "quality",
     "boxes_to_mask": "masks",
     "branch_covariance": "covariance",
+    "class_cosine": "covariance",
     "counterfactual_transition": "curves",
     "decompose": "decomposition",
     "deletion_curve": "curves",

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
-from cmd_plugin.data import EpochShuffle
+from cmd_plugin.data import EpochShuffle, make_loader
 from cmd_plugin.distinction import DecompositionExplainer, LossWeights, decompose
 from cmd_plugin.distinction.objectives import OBJECTIVES
 from cmd_plugin.errors import InputError, StateMismatch
+from cmd_plugin.jobs.distinction.data import load_split_data, pixel_range
+from cmd_plugin.jobs.distinction.options import TrainOptions
 from cmd_plugin.runs.process import quiet_lightning
 from tests.helpers.distinction import conv_net, images
 
@@ -86,6 +88,31 @@ def test_the_users_classifier_is_bit_identical_afterwards() -> None:
         assert same(owner.state_dict(), before)
     split = decompose(module.decomposer, images(2, 3), [0, 2])
     assert split.branches.shape == (2, 2, 3, 8, 8)
+
+
+def test_real_digits_are_reconstructed_after_seventy_five_steps() -> None:
+    """On digits with a cross: all losses finite, the sum of the branches near the image."""
+    given = TrainOptions(plant="cross", train_limit=1200)
+    data = load_split_data(given)
+    pixels = pixel_range(data.mean, data.std)
+    module = DecompositionExplainer(
+        *(None, 2, 1, 16),
+        objective="distinction",
+        low=pixels.low.flatten().tolist(),
+        high=pixels.high.flatten().tolist(),
+    )
+    losses: list[Tensor] = []
+
+    class Recorder(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:  # noqa: ARG002
+            losses.append(trainer.callback_metrics["train_reconstruction"] / 4.0)
+
+    with quiet_lightning():
+        trainer(callbacks=[Recorder()]).fit(module, make_loader(data.train, 16, shuffle_seed=0))
+    assert len(losses) == 75
+    assert all(bool(loss.isfinite()) for loss in losses)
+    assert losses[0] > 1.0
+    assert torch.stack(losses[-10:]).mean() < 0.4
 
 
 def test_trainers_of_both_lightnings_train_to_the_same_bits() -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cmd_plugin.distinction import curves
+from cmd_plugin.distinction.covariance import class_cosine
 from cmd_plugin.distinction.curves import Curve
-from cmd_plugin.distinction.decomposition import decompose
+from cmd_plugin.distinction.decomposition import decompose, distinct_of_every_class
 from cmd_plugin.distinction.plants import plant_recovery, plant_remainder
 from cmd_plugin.distinction.quality import measure_split
 from cmd_plugin.errors import InputError
@@ -37,9 +38,9 @@ def run(job: Job, options: EvaluateOptions) -> Result:
 
     Returns:
         ``plant`` (iou, ncc, signed, cosine, remainder; None without one), ``psnr``,
-        ``judge_accuracy`` of each class without the distinct part, ``cout``, areas under curves in
-        ``auc``, the ``rivals`` with the same, the ``limits`` of deletion, the whole ``split``, and
-        its ``warnings``.
+        ``judge_accuracy`` of each class without the distinct part, ``cout``, ``class_cosine`` (how
+        alike the parts for different classes are), areas under curves in ``auc``, the ``rivals``
+        with the same, the ``limits`` of deletion, the whole ``split``, and its ``warnings``.
 
     Raises:
         InputError: If the folder or the data cannot be used.
@@ -92,6 +93,7 @@ def _measure(
         "psnr": report.as_dict()["psnr"],
         "judge_accuracy": report.as_dict()["judge_removed"],
         "cout": float(cout.mean()),
+        "class_cosine": class_cosine(distinct_of_every_class(trained.decomposer, images)),
         "auc": ours["auc"],
         "rivals": {
             name: {k: v for k, v in r.items() if k != "curves"} for name, r in measured.items()
