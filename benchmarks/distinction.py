@@ -34,7 +34,7 @@ _MNIST: dict[str, Any] = {
     "data": "mnist",
     "image_size": 16,
     "train_limit": 40_000,
-    "epochs": 2,
+    "epochs": 3,
     "classifier_epochs": 5,
 }
 
