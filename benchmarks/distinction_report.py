@@ -2,7 +2,7 @@
 
     python -m benchmarks.distinction_report                          # tables of the committed rows
     python -m benchmarks.distinction_report --merge OUT/*.jsonl      # take other rows in first
-    python -m benchmarks.distinction_report --markdown               # the tables of the docs
+    python -m benchmarks.distinction_report --docs                   # write them into the docs
 
 Rows of one experiment, objective, seed and device that are there twice are compared and kept once.
 All numbers are medians over the seeds; CPU and GPU rows never share a median. The thresholds were
@@ -26,6 +26,9 @@ from benchmarks.machine import RESULTS
 Row = dict[str, Any]
 Group = tuple[str, str, str]  # experiment, objective, device
 
+_PAGE = RESULTS.parent.parent / "docs" / "distinction.md"
+_START = "<!-- made by python -m benchmarks.distinction_report --docs -->"
+_END = "<!-- the end of what is made -->"
 _DIGITS = 5
 _OURS = ("dxai_distilled", "distinction", "dxai", "uniform")
 
@@ -233,6 +236,19 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
+def write_into(page: Path, made: str) -> None:
+    """Put tables in the place of those that were made before, between two comments of a page.
+
+    Raises:
+        ValueError: If the page has no such place.
+    """
+    before, start, rest = page.read_text(encoding="utf-8").partition(_START)
+    _, end, after = rest.partition(_END)
+    if not (start and end):
+        raise ValueError(f"{page} has no place for tables: {_START} and {_END}.")
+    page.write_text(f"{before}{_START}\n\n{made}\n\n{_END}{after}", encoding="utf-8")
+
+
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -242,11 +258,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS / "distinction.jsonl")
     parser.add_argument("--merge", type=Path, nargs="+", default=[])
-    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     given = parser.parse_args(arguments)
     rows = merge(given.results, given.merge) if given.merge else read_rows(given.results)
-    if given.markdown:
-        print(markdown(rows))
+    if given.docs:
+        write_into(_PAGE, markdown(rows))
     else:
         show(rows)
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.distinction_report import markdown, merge, read_rows, rounded, summarise, verdicts
+from benchmarks import distinction_report
+from benchmarks.distinction_report import (
+    markdown,
+    merge,
+    read_rows,
+    rounded,
+    summarise,
+    verdicts,
+    write_into,
+)
 
 
 def row(seed: int, iou: float, device: str = "cpu", objective: str = "dxai_distilled") -> Any:
@@ -59,6 +68,18 @@ def test_medians_keep_devices_apart_and_thresholds_are_judged() -> None:
     shown = markdown(rows)
     assert "| saliency | 0.400 |" in shown
     assert "**missed**" in shown
+
+
+def test_tables_take_the_place_of_older_ones(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    start, end = distinction_report._START, distinction_report._END
+    page.write_text(f"before\n\n{start}\nold\n{end}\n\nafter\n")
+    for made in ("one", "two"):
+        write_into(page, made)
+        assert page.read_text() == f"before\n\n{start}\n\n{made}\n\n{end}\n\nafter\n"
+    page.write_text("nothing\n")
+    with pytest.raises(ValueError, match="no place"):
+        write_into(page, "one")
 
 
 def test_numbers_are_rounded_wherever_they_lie() -> None:
