@@ -81,8 +81,9 @@ def show_explain(result: Result) -> None:
     if "masks" in found:
         masks = found["masks"]
         console.print(
-            f"against the masks: IoU {_number(masks['iou'], 3)}, pointing game "
-            f"{_number(masks['pointing'], 3)}, {_number(masks['mass'], 2)} times the mass of chance"
+            f"against what is marked in {masks['marked']} images: IoU {_number(masks['iou'], 3)}, "
+            f"pointing game {_number(masks['pointing'], 3)}, {_number(masks['mass'], 2)} times the "
+            "mass of chance"
         )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         DecompositionAttribution as DecompositionAttribution,
     )
     from cmd_plugin.distinction.covariance import branch_covariance as branch_covariance
+    from cmd_plugin.distinction.covariance import class_cosine as class_cosine
     from cmd_plugin.distinction.covariance import importance as importance
     from cmd_plugin.distinction.covariance import specialization as specialization
     from cmd_plugin.distinction.curves import Curve as Curve
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from cmd_plugin.distinction.explainer import DecompositionExplainer as DecompositionExplainer
     from cmd_plugin.distinction.frozen import PixelRange as PixelRange
     from cmd_plugin.distinction.generator import BranchedGenerator as BranchedGenerator
+    from cmd_plugin.distinction.masks import boxes_to_mask as boxes_to_mask
     from cmd_plugin.distinction.masks import mask_iou as mask_iou
     from cmd_plugin.distinction.masks import mass_inside as mass_inside
     from cmd_plugin.distinction.masks import pointing_game as pointing_game
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from cmd_plugin.distinction.plants import Recovery as Recovery
     from cmd_plugin.distinction.plants import plant as plant
     from cmd_plugin.distinction.plants import plant_recovery as plant_recovery
+    from cmd_plugin.distinction.plants import plant_remainder as plant_remainder
     from cmd_plugin.distinction.plots import plot_decomposition as plot_decomposition
     from cmd_plugin.distinction.quality import SplitQuality as SplitQuality
     from cmd_plugin.distinction.quality import SplitReport as SplitReport
@@ -63,7 +66,9 @@ _MODULES = {
     "Recovery": "plants",
     "SplitQuality": "quality",
     "SplitReport": "quality",
+    "boxes_to_mask": "masks",
     "branch_covariance": "covariance",
+    "class_cosine": "covariance",
     "counterfactual_transition": "curves",
     "decompose": "decomposition",
     "deletion_curve": "curves",
@@ -80,6 +85,7 @@ _MODULES = {
     "normalised_area": "curves",
     "plant": "plants",
     "plant_recovery": "plants",
+    "plant_remainder": "plants",
     "plot_decomposition": "plots",
     "pointing_game": "masks",
     "removal_curve": "curves",

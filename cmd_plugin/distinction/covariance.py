@@ -1,18 +1,19 @@
-"""How far the branches of a sum do different work (after JonathanBrok/branched-nn, 2023).
+"""How far the branches of a sum, and what speaks for different classes, are different things.
 
-With c the n x n covariance of the branches' outputs over all images and places,
-``specialization = (n - sum c_ij^2 / sum c_ii^2) / (n - 1)``: 1 if no two are correlated, 0 if all
-are the same.
+Of branches after JonathanBrok/branched-nn (2023): with c the n x n covariance of their outputs over
+all images and places, ``specialization = (n - sum c_ij^2 / sum c_ii^2) / (n - 1)``: 1 if no two are
+correlated, 0 if all are the same.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from cmd_plugin.errors import ShapeError
 
-__all__ = ["branch_covariance", "importance", "specialization"]
+__all__ = ["branch_covariance", "class_cosine", "importance", "specialization"]
 
 
 def branch_covariance(branches: Tensor) -> Tensor:
@@ -46,3 +47,22 @@ def importance(covariance: Tensor) -> Tensor:
     """Return each branch's share of the power, ``c_ii / sqrt(sum c_jj^2)``: [n] float64."""
     power = covariance.diagonal()
     return power / power.square().sum().sqrt().clamp_min(torch.finfo(power.dtype).tiny)
+
+
+def class_cosine(distinct: Tensor) -> float:
+    """Return how alike the parts for different classes are: the mean cosine over pairs of classes.
+
+    1 says that a map is the same whichever class is asked for, and so speaks for none.
+
+    Args:
+        distinct: [B, k, C, H, W] of :func:`cmd_plugin.distinction.distinct_of_every_class`.
+
+    Raises:
+        ShapeError: If there are not two classes or more.
+    """
+    if distinct.ndim < 3 or distinct.shape[1] < 2:
+        raise ShapeError(f"distinct must be [B, k, ...], k from 2, got {tuple(distinct.shape)}.")
+    rows = normalize(distinct.detach().double().flatten(2), dim=2)
+    count = rows.shape[1]
+    cosines = (rows @ rows.mT).sum(dim=(1, 2)) - rows.square().sum(dim=(1, 2))
+    return float(cosines.mean()) / (count * (count - 1))

@@ -1,10 +1,10 @@
-"""Training of a decomposition around a frozen classifier, for any Lightning trainer."""
+"""Training of a decomposition around a frozen classifier, for Lightning's trainers."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -26,16 +26,22 @@ from cmd_plugin.distinction.quality import SplitQuality, SplitReport
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.kernels.counter_random import check_seed, derived_seed
 
-__all__ = ["DecompositionExplainer"]
+if TYPE_CHECKING:
+    _Module = pl.LightningModule
+else:
+    _Module = object
+
+__all__ = ["DecompositionExplainer", "ExplainerTraining"]
 
 _NOT_SAVED = ("decomposer.classifier.", "judge.")
 _STEPS, _HASH = "distinction_steps", "distinction_classifier"
 _SETTLED_STEPS = 200  # before, a warning would be about a beginning
 _WARMUP = 10.0
+_MAPPING_RATE = 0.01
 _KIND = 20  # letters by which warnings are told apart: numbers come later
 
 
-class DecompositionExplainer(pl.LightningModule):
+class ExplainerTraining(_Module):
     """Learns to split images into what speaks for a class and the rest; see :func:`decompose`.
 
     Batches are images [B, C, H, W], as the classifier takes them, and classes [B]. Each step is one
@@ -43,6 +49,10 @@ class DecompositionExplainer(pl.LightningModule):
     weights (EMA) is what is used afterwards: :attr:`decomposer`. Everything random is a function of
     the seed and the number of the step, so a run that goes on from a checkpoint ends with the same
     bits as one that was not stopped. Meant for one device.
+
+    This class holds what is common to modules for the two Lightning distributions, whose trainers
+    refuse each other's: :class:`DecompositionExplainer` is for ``pytorch_lightning``, its namesake
+    in :mod:`cmd_plugin.distinction.lightning` for ``lightning.pytorch``.
 
     With a validation loader the quality of the splits is logged after each epoch
     (``split_psnr``, ``split_removed``, ``split_specialization``, ``split_distinct_power``,
@@ -64,6 +74,8 @@ class DecompositionExplainer(pl.LightningModule):
         branches: Number of branches n.
         width: Channels of a branch at full resolution.
         levels: How often the resolution is halved; by default 2 up to 32 pixels, 3 to 64, then 4.
+        noise: Numbers of noise in the code of a class, drawn anew in every step, as the papers do
+            (16); explanations take one fixed draw. The mapping learns at a hundredth of ``lr``.
         lr: Learning rate of the generator; that of small images. The papers' 256 pixels take 1e-4
             for both.
         critic_lr: Learning rate of the critic.
@@ -91,9 +103,10 @@ class DecompositionExplainer(pl.LightningModule):
         branches: int = 3,
         width: int = 8,
         levels: int | None = None,
+        noise: int = 0,
         lr: float = 1e-3,
-        critic_lr: float = 2e-3,
-        critic_width: int = 32,
+        critic_lr: float = 1e-3,
+        critic_width: int = 16,
         penalty_every: int = 1,
         ema: float = 0.995,
         seed: int = 0,
@@ -120,7 +133,9 @@ class DecompositionExplainer(pl.LightningModule):
         self.lr, self.critic_lr, self.penalty_every, self.ema = lr, critic_lr, penalty_every, ema
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed))
-            self.generator = BranchedGenerator(in_channels, num_classes, branches, width, levels)
+            self.generator = BranchedGenerator(
+                in_channels, num_classes, branches, width, levels, noise
+            )
             heads = self.objective.heads(num_classes)
             self.critic = Critic(in_channels, heads, size, critic_width)
         average = copy.deepcopy(self.generator).requires_grad_(False)
@@ -139,17 +154,30 @@ class DecompositionExplainer(pl.LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         """Adam for the generator and for the critic, without momentum."""
-        rates = (self.generator, self.lr), (self.critic, self.critic_lr)
-        return [torch.optim.Adam(net.parameters(), lr=lr, betas=(0.0, 0.99)) for net, lr in rates]
+        mapping: list[Tensor] = []
+        if self.generator.settings["noise"]:
+            mapping = [*self.generator.codes.parameters()]
+        known = {id(parameter) for parameter in mapping}
+        others = [p for p in self.generator.parameters() if id(p) not in known]
+        groups: list[dict[str, Any]] = [{"params": others}]
+        if mapping:
+            groups.append({"params": mapping, "lr": _MAPPING_RATE * self.lr})
+        return [
+            torch.optim.Adam(groups, lr=self.lr, betas=(0.0, 0.99)),
+            torch.optim.Adam(self.critic.parameters(), lr=self.critic_lr, betas=(0.0, 0.99)),
+        ]
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One step of the critic, one of the generator, and one of its average."""
         images, labels = batch
         x = self.decomposer.pixels.to_unit(images)
-        shares, others = self._draw(labels)
+        shares, others, noises = self._draw(labels)
         features = self.generator.encode(x)
-        own, other = (self.generator.decode(features, classes) for classes in (labels, others))
+        own, other = (
+            self.generator.decode(features, classes, noise)
+            for classes, noise in zip((labels, others), noises, strict=True)
+        )
         made = torch.cat(blend(own, other, shares))
         by_generator, by_critic = self.optimizers()  # type: ignore[attr-defined]
 
@@ -250,14 +278,18 @@ class DecompositionExplainer(pl.LightningModule):
     def _classify(self, x: Tensor) -> Tensor:
         return self.decomposer.logits(self.decomposer.pixels.from_unit(x))
 
-    def _draw(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Shares of the blend [B, n - 1], and another class for each image [B]."""
+    def _draw(self, labels: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Shares of the blend [B, n - 1], another class for each image [B], noise for the two."""
         # On the CPU, so that every device draws the same numbers.
         draw = torch.Generator().manual_seed(derived_seed(self.seed, self.steps))
         shares = torch.rand(len(labels), self.generator.branches - 1, generator=draw)
         draws = torch.rand(len(labels), generator=draw).to(labels.device)
         others = other_classes(labels, self.generator.classes, draws)
-        return shares.to(labels.device), others
+        noises: list[Tensor | None] = [None, None]
+        if size := self.generator.settings["noise"]:
+            both = torch.randn(2, len(labels), size, generator=draw).to(labels.device)
+            noises = [*both]
+        return shares.to(labels.device), others, noises
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -265,6 +297,13 @@ class DecompositionExplainer(pl.LightningModule):
         average: list[Tensor] = [*self.decomposer.generator.parameters()]
         trained: list[Tensor] = [*self.generator.parameters()]
         torch._foreach_lerp_(average, trained, 1.0 - kept)
+
+
+class DecompositionExplainer(ExplainerTraining, pl.LightningModule):
+    """Learns to split images into what speaks for a class and the rest, in ``pytorch_lightning``.
+
+    Its arguments are those of :class:`ExplainerTraining`, which says what it does.
+    """
 
 
 def _mean(values: tuple[float, ...]) -> float:

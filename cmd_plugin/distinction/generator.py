@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, leaky_relu, pad
+from torch.nn.functional import avg_pool2d, interpolate, leaky_relu, pad
 from typing_extensions import override
 
+from cmd_plugin.distinction.codes import ClassCodes, NoisyCodes
 from cmd_plugin.errors import InputError, ShapeError
 
 __all__ = ["BranchedGenerator", "Features"]
@@ -52,22 +53,31 @@ class BranchedGenerator(nn.Module):
         branches: Number of branches n, at least 2.
         width: Channels of a branch at full resolution; a multiple of 8 is fast.
         levels: How often the resolution is halved: 2 up to 32 pixels, 3 for 64, 4 for 128.
+        noise: Numbers of noise that the code of a class is made of as well, as in the papers; 0 has
+            one code a class.
 
     Raises:
         InputError: If a number is out of range.
     """
 
     def __init__(
-        self, channels: int, classes: int, branches: int = 3, width: int = 8, levels: int = 2
+        self,
+        channels: int,
+        classes: int,
+        branches: int = 3,
+        width: int = 8,
+        levels: int = 2,
+        noise: int = 0,
     ) -> None:
         super().__init__()
-        bounds = {"channels": 1, "classes": 2, "branches": 2, "width": 1, "levels": 1}
+        bounds = {"channels": 1, "classes": 2, "branches": 2, "width": 1, "levels": 1, "noise": 0}
         self.settings = {
             "channels": channels,
             "classes": classes,
             "branches": branches,
             "width": width,
             "levels": levels,
+            "noise": noise,
         }
         for name, least in bounds.items():
             if not least <= self.settings[name] <= _MOST:
@@ -79,10 +89,14 @@ class BranchedGenerator(nn.Module):
         widths = [width * min(2**level, _WIDEST) for level in range(levels + 1)]
         # The image is the same for all branches, so their first layer needs no groups.
         self.stem = nn.Conv2d(channels, branches * width, 3, padding=1)
+        # Detail is recognised before it is averaged: without this block a pattern of single pixels
+        # is found late in the training, and where strokes cross it not at all.
+        self.flat = _Block(branches, width, width)
         self.down = nn.ModuleList(
             _Block(branches, first, second) for first, second in pairwise(widths)
         )
-        self.codes = nn.Embedding(classes, _CODE)
+        self.codes: ClassCodes | NoisyCodes
+        self.codes = NoisyCodes(classes, _CODE, noise) if noise else ClassCodes(classes, _CODE)
         self.middle = _Block(branches, widths[-1], widths[-1], styled=True)
         self.up = nn.ModuleList(
             _Block(branches, deep + flat, flat, styled=True)
@@ -122,17 +136,18 @@ class BranchedGenerator(nn.Module):
         height, width = images.shape[-2:]
         step = 2**self.levels
         grown = pad(images, (0, -width % step, 0, -height % step), mode="replicate")
-        features = [self.stem(grown)]
+        features = [self.flat(self.stem(grown))]
         for block in self.down:
             features.append(block(_halved(features[-1])))
         return Features(tuple(features), (height, width))
 
-    def decode(self, features: Features, classes: Tensor) -> Tensor:
+    def decode(self, features: Features, classes: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the branches, [B, n, C, H, W], for a class of each image.
 
         Args:
             features: Of :meth:`encode`.
             classes: [B] int64.
+            noise: [B, noise], of a generator that takes some; by default the same for all images.
 
         Raises:
             ShapeError: If there is not one class for each image.
@@ -142,7 +157,7 @@ class BranchedGenerator(nn.Module):
             raise ShapeError(
                 f"classes must be [{len(deepest)}], one of each image, got {tuple(classes.shape)}."
             )
-        codes = self.codes(classes)
+        codes = self.codes(classes, noise)
         x: Tensor = self.middle(deepest, codes)
         for block in self.up:
             x = block(self._joined(_doubled(x), flat.pop()), codes)
@@ -190,7 +205,7 @@ class _Block(nn.Module):
 
 
 def _halved(x: Tensor) -> Tensor:
-    return interpolate(x, scale_factor=0.5, mode="area")
+    return avg_pool2d(x, 2)  # of an area, interpolate has no deterministic gradient on a GPU
 
 
 def _doubled(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
 
-__all__ = ["mask_iou", "mass_inside", "pointing_game"]
+__all__ = ["boxes_to_mask", "mask_iou", "mass_inside", "pointing_game"]
 
 
 def mask_iou(maps: Tensor, masks: Tensor) -> Tensor:
@@ -42,6 +42,27 @@ def mass_inside(maps: Tensor, masks: Tensor) -> Tensor:
     size, marked = _flat(maps, masks)
     inside = (size * marked).sum(dim=1) / size.sum(dim=1)
     return inside / marked.double().mean(dim=1)
+
+
+def boxes_to_mask(boxes: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+    """Mark the pixels of a scaled and centre-cropped image whose centres lie in a box.
+
+    Args:
+        boxes: Left, top, right and bottom in pixels of the image as it was, [M, 4]; M may be 0.
+        before: Height and width of the image as it was.
+        after: Height and width it was scaled and cropped to.
+
+    Returns:
+        [H, W] bool; empty where the crop left the boxes out.
+    """
+    scale = max(after[0] / before[0], after[1] / before[1])
+    inside = []
+    for axis, (was, now) in enumerate(zip(before, after, strict=True)):
+        centres = (torch.arange(now, dtype=torch.float64) + 0.5) / scale + (was - now / scale) / 2.0
+        low, high = boxes[:, 1 - axis, None], boxes[:, 3 - axis, None]
+        inside.append((low <= centres) & (centres < high))
+    rows, columns = inside
+    return (rows[:, :, None] & columns[:, None, :]).any(dim=0)
 
 
 def _flat(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

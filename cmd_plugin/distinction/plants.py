@@ -12,7 +12,7 @@ from cmd_plugin.distinction.names import PLANT_NAMES
 from cmd_plugin.errors import InputError, ShapeError
 from cmd_plugin.kernels.counter_random import CounterRandom
 
-__all__ = ["Recovery", "plant", "plant_recovery"]
+__all__ = ["Recovery", "plant", "plant_recovery", "plant_remainder"]
 
 _SIDE, _CROSS = 5, 0.8
 _NOISE = 0.25
@@ -100,14 +100,7 @@ def plant_recovery(maps: Tensor, plants: Tensor) -> Recovery:
         ShapeError: If the shapes do not fit.
         InputError: If no image has a plant.
     """
-    same = maps.shape[0] == plants.shape[0] and maps.shape[2:] == plants.shape[2:]
-    if maps.ndim != 4 or not same or maps.shape[1] not in (1, plants.shape[1]):
-        raise ShapeError(f"maps {tuple(maps.shape)} do not fit plants {tuple(plants.shape)}.")
-    chosen = plants.flatten(1).any(dim=1)
-    if not bool(chosen.any()):
-        raise InputError("no image has a plant: there is nothing to recover.")
-    planted = plants[chosen].double()
-    found = maps[chosen].double().expand_as(planted)
+    found, planted = _planted(maps, plants)
     sizes = found.abs().mean(dim=1), planted.abs().mean(dim=1)
     colours = found.mean(dim=(2, 3)), planted.mean(dim=(2, 3))
     return Recovery(
@@ -116,6 +109,36 @@ def plant_recovery(maps: Tensor, plants: Tensor) -> Recovery:
         iou=float(mask_iou(found, sizes[1] > 0).mean()),
         cosine=float(torch.cosine_similarity(*colours).mean()),
     )
+
+
+def plant_remainder(part: Tensor, plants: Tensor) -> float:
+    """How far images are from clean ones without a part, over how far they are with it.
+
+    ``|x - part - clean|^2 / |x - clean|^2`` over the images that have a plant: 0 takes all of the
+    plant and nothing else, 1 is as good as nothing. It depends on the part's scale, as it should.
+
+    Args:
+        part: What is taken away, [N, C or 1, H, W], in the units of the plants.
+        plants: [N, C, H, W].
+
+    Raises:
+        ShapeError: If the shapes do not fit.
+        InputError: If no image has a plant.
+    """
+    found, planted = _planted(part, plants)
+    return float((found - planted).square().sum() / planted.square().sum())
+
+
+def _planted(maps: Tensor, plants: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps and plants of the images that have one, in float64 and of one shape."""
+    same = maps.shape[0] == plants.shape[0] and maps.shape[2:] == plants.shape[2:]
+    if maps.ndim != 4 or not same or maps.shape[1] not in (1, plants.shape[1]):
+        raise ShapeError(f"maps {tuple(maps.shape)} do not fit plants {tuple(plants.shape)}.")
+    chosen = plants.flatten(1).any(dim=1)
+    if not bool(chosen.any()):
+        raise InputError("no image has a plant: there is nothing to recover.")
+    planted = plants[chosen].double()
+    return maps[chosen].double().expand_as(planted), planted
 
 
 def _pearson(one: Tensor, other: Tensor) -> Tensor:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from cmd_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "ACCELERATORS",
     "check_accelerator",
+    "find_device",
     "kept_interrupt_handler",
+    "own_determinism",
     "own_random_state",
     "own_threads",
     "quiet_lightning",
@@ -56,6 +63,45 @@ def check_accelerator(name: str) -> None:
     )
     if missing:
         raise InputError(f"no {name} device was found: pass --accelerator cpu or auto.")
+
+
+def find_device(accelerator: str) -> torch.device:
+    """Return the device of one of :data:`ACCELERATORS`; ``auto`` is a CUDA device if there is one.
+
+    Raises:
+        InputError: If it is not there.
+    """
+    import torch
+
+    check_accelerator(accelerator)
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda" if accelerator == "gpu" else accelerator)
+
+
+@contextmanager
+def own_determinism(device: torch.device) -> Iterator[None]:
+    """Take deterministic algorithms inside, where torch has them; it warns where it has none.
+
+    On a CPU all are already. cuBLAS reads its setting when a process first uses it.
+    """
+    import torch
+
+    if device.type == "cpu":
+        yield  # the switch would load torch's compiler, for seconds
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # it costs a kernel a tensor
+    try:
+        yield
+    finally:
+        memory.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(enabled, warn_only=lenient)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cmd_plugin.distinction import branch_covariance, importance, specialization
+from cmd_plugin.distinction import branch_covariance, class_cosine, importance, specialization
 from cmd_plugin.errors import ShapeError
 
 
@@ -35,3 +35,17 @@ def test_silent_branches_and_wrong_shapes() -> None:
         specialization(torch.ones(1, 1))
     with pytest.raises(ShapeError):
         branch_covariance(torch.ones(3, 3))
+
+
+def test_parts_for_classes_are_compared_in_pairs() -> None:
+    parts = torch.randn(4, 3, 1, 5, 5)
+    cosine = torch.nn.functional.cosine_similarity
+    pairs = [
+        cosine(parts[:, i].flatten(1), parts[:, j].flatten(1)) for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
+    assert class_cosine(parts) == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-5)
+    same = parts[:, :1].expand(-1, 3, -1, -1, -1)
+    assert class_cosine(same) == pytest.approx(1.0)
+    assert class_cosine(torch.cat([same[:, :1], -same[:, :1]], dim=1)) == pytest.approx(-1.0)
+    with pytest.raises(ShapeError, match="k from 2"):
+        class_cosine(parts[:, :1])

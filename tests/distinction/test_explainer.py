@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
-from cmd_plugin.data import EpochShuffle
+from cmd_plugin.data import EpochShuffle, make_loader
 from cmd_plugin.distinction import DecompositionExplainer, LossWeights, decompose
 from cmd_plugin.distinction.objectives import OBJECTIVES
 from cmd_plugin.errors import InputError, StateMismatch
+from cmd_plugin.jobs.distinction.data import load_split_data, pixel_range
+from cmd_plugin.jobs.distinction.options import TrainOptions
 from cmd_plugin.runs.process import quiet_lightning
 from tests.helpers.distinction import conv_net, images
 
@@ -86,6 +88,53 @@ def test_the_users_classifier_is_bit_identical_afterwards() -> None:
         assert same(owner.state_dict(), before)
     split = decompose(module.decomposer, images(2, 3), [0, 2])
     assert split.branches.shape == (2, 2, 3, 8, 8)
+
+
+def test_real_digits_are_reconstructed_after_fifty_steps() -> None:
+    """On digits with a cross: all losses finite, the sum of the branches near the image."""
+    given = TrainOptions(plant="cross", train_limit=800)
+    data = load_split_data(given)
+    pixels = pixel_range(data.mean, data.std)
+    module = DecompositionExplainer(
+        *(None, 2, 1, 16),
+        objective="distinction",
+        low=pixels.low.flatten().tolist(),
+        high=pixels.high.flatten().tolist(),
+    )
+    losses: list[Tensor] = []
+
+    class Recorder(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:  # noqa: ARG002
+            losses.append(trainer.callback_metrics["train_reconstruction"] / 4.0)
+
+    with quiet_lightning():
+        trainer(callbacks=[Recorder()]).fit(module, make_loader(data.train, 16, shuffle_seed=0))
+    assert len(losses) == 50
+    assert all(bool(loss.isfinite()) for loss in losses)
+    assert losses[0] > 1.0
+    assert torch.stack(losses[-10:]).mean() < 0.4
+
+
+def test_trainers_of_both_lightnings_train_to_the_same_bits() -> None:
+    other = pytest.importorskip("lightning.pytorch")
+    from cmd_plugin.distinction.lightning import DecompositionExplainer as OtherExplainer
+
+    ours = explainer()
+    train(ours, 2)
+    theirs = OtherExplainer(conv_net(), 2, 1, 8, **SMALL)
+    with quiet_lightning():
+        made = other.Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        made.fit(theirs, loader(), loader(shuffle=False))
+    assert "split_psnr" in made.callback_metrics
+    assert theirs.steps == 4
+    assert same(weights(theirs), weights(ours))
 
 
 def test_training_leaves_the_classifier_in_evaluation_mode() -> None:
@@ -173,6 +222,21 @@ def test_the_penalty_can_be_taken_now_and_then(monkeypatch: pytest.MonkeyPatch) 
     )
     train(explainer(penalty_every=3), 2)
     assert len(taken) == 2  # of the steps 0 to 3
+
+
+def test_the_mapping_of_noise_learns_at_a_hundredth_of_the_rate() -> None:
+    module = explainer(noise=3)
+    by_generator, _ = module.configure_optimizers()
+    rates = {id(p): group["lr"] for group in by_generator.param_groups for p in group["params"]}
+    mapping = {id(p) for p in module.generator.codes.parameters()}
+    assert len(rates) == len([*module.generator.parameters()])
+    for parameter in module.generator.parameters():
+        wanted = 1e-5 if id(parameter) in mapping else 1e-3
+        assert rates[id(parameter)] == pytest.approx(wanted)
+    runs = [module, explainer(noise=3)]
+    for run in runs:
+        train(run)
+    assert same(weights(runs[0]), weights(runs[1]))
 
 
 def test_wrong_settings_are_refused() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
-from cmd_plugin.distinction.masks import mask_iou, mass_inside, pointing_game
+from cmd_plugin.distinction.masks import boxes_to_mask, mask_iou, mass_inside, pointing_game
 from cmd_plugin.errors import ShapeError
 
 
@@ -32,3 +34,26 @@ def test_channels_count_by_their_size() -> None:
     assert mask_iou(maps, masks).tolist() == [1.0, 1.0]
     with pytest.raises(ShapeError, match="bool"):
         mask_iou(maps, masks.float())
+
+
+@pytest.mark.parametrize("before", [(24, 24), (24, 40), (50, 20)])
+def test_a_box_goes_where_pillow_puts_its_pixels(before: tuple[int, int]) -> None:
+    """A white box in an image that is scaled and cropped covers the pixels that are marked."""
+    height, width = before
+    box = torch.tensor([[4.0, 3.0, width - 6.0, height - 9.0]])
+    picture = np.zeros(before, dtype=np.uint8)
+    picture[3 : height - 9, 4 : width - 6] = 255
+    fitted = ImageOps.fit(Image.fromarray(picture), (12, 12), Image.Resampling.BOX)
+    share = torch.from_numpy(np.array(fitted)) / 255.0
+    marked = boxes_to_mask(box, before, (12, 12))
+    assert bool(marked[share > 0.75].all())
+    assert not bool(marked[share < 0.25].any())
+    assert 0 < int(marked.sum()) < 144
+
+
+def test_boxes_add_up_and_none_marks_nothing() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [2.0, 1.0, 4.0, 2.0]])
+    wanted = torch.zeros(3, 4, dtype=torch.bool)
+    wanted[0, 0] = wanted[1, 2:] = True
+    assert torch.equal(boxes_to_mask(boxes, (3, 4), (3, 4)), wanted)
+    assert not bool(boxes_to_mask(torch.zeros(0, 4), (3, 4), (3, 4)).any())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmd_plugin.distinction import plant, plant_recovery
+from cmd_plugin.distinction import plant, plant_recovery, plant_remainder
 from cmd_plugin.errors import InputError, ShapeError
 from tests.helpers.distinction import images
 
@@ -65,6 +65,19 @@ def test_recovery_is_numpys_correlation() -> None:
     )
     assert found.signed == pytest.approx(np.mean([np.corrcoef(m, p)[0, 1] for m, p in rows]))
     assert plant_recovery(-maps, made).signed == pytest.approx(-found.signed)
+
+
+def test_what_remains_of_a_plant_is_measured_in_its_own_units() -> None:
+    """Without the part the images are as far from clean ones as the numbers here say."""
+    x = images(40)
+    made = plant(x, LABELS, "noise")
+    assert plant_remainder(made, made) == 0.0
+    assert plant_remainder(torch.zeros_like(made), made) == 1.0
+    assert plant_remainder(0.5 * made, made) == pytest.approx(0.25)
+    part = 0.1 * torch.randn(40, 1, 8, 8)
+    left = (x + made - part - x)[LABELS == 1].square().mean()
+    before = (x + made - x)[LABELS == 1].square().mean()
+    assert plant_remainder(part, made) == pytest.approx((left / before).item(), rel=1e-5)
 
 
 def test_what_cannot_be_planted_or_found_is_refused() -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cmd_plugin.distinction import curves
+from cmd_plugin.distinction.covariance import class_cosine
 from cmd_plugin.distinction.curves import Curve
-from cmd_plugin.distinction.decomposition import decompose
-from cmd_plugin.distinction.plants import plant_recovery
+from cmd_plugin.distinction.decomposition import decompose, distinct_of_every_class
+from cmd_plugin.distinction.plants import plant_recovery, plant_remainder
 from cmd_plugin.distinction.quality import measure_split
 from cmd_plugin.errors import InputError
 from cmd_plugin.jobs.distinction.data import SplitData, load_split_data
@@ -20,7 +21,7 @@ from cmd_plugin.jobs.distinction.options import EvaluateOptions
 from cmd_plugin.jobs.distinction.rivals import rival_maps
 from cmd_plugin.runs import figures
 from cmd_plugin.runs.job import Job, make_job
-from cmd_plugin.runs.process import own_random_state, own_threads
+from cmd_plugin.runs.process import find_device, own_random_state, own_threads
 from cmd_plugin.runs.result import Result, finite
 
 __all__ = ["run"]
@@ -36,16 +37,17 @@ def run(job: Job, options: EvaluateOptions) -> Result:
     """Measure a decomposition and its rivals.
 
     Returns:
-        ``plant`` (iou, ncc, signed, cosine; None without one), ``psnr``, ``judge_accuracy`` of each
-        class without the distinct part, ``cout``, areas under curves in ``auc`` and the curves in
-        ``curves``, the ``rivals`` with the same, the ``limits`` of deletion, the whole ``split``,
-        and its ``warnings``.
+        ``plant`` (iou, ncc, signed, cosine, remainder; None without one), ``psnr``,
+        ``judge_accuracy`` of each class without the distinct part, ``cout``, ``class_cosine`` (how
+        alike the parts for different classes are), areas under curves in ``auc``, the ``rivals``
+        with the same, the ``limits`` of deletion, the whole ``split``, and its ``warnings``.
 
     Raises:
         InputError: If the folder or the data cannot be used.
         MissingDependency: If Captum is not installed and rivals are asked for.
     """
-    trained = open_model(options.model)
+    device = find_device(options.accelerator)
+    trained = open_model(options.model).to(device)
     data = load_split_data(trained.options, options.data_root)
     with own_random_state(), own_threads(options.threads):
         found = job.stage("measures", lambda: _measure(job, options, trained, data))
@@ -62,8 +64,9 @@ def _measure(
     """Everything that is measured, as JSON types."""
     count = min(options.images, len(data.test))
     where = torch.arange(count) * len(data.test) // count
-    images, labels = data.test.__getitems__(where.tolist())
-    plants = None if data.plants is None else data.plants[where]
+    device = trained.decomposer.pixels.low.device
+    images, labels = (part.to(device) for part in data.test.__getitems__(where.tolist()))
+    plants = None if data.plants is None else data.plants[where].to(device)
     total = 3.0 + len(options.rival)
     job.report("decomposition", 0, total)
     pixels = trained.decomposer.pixels
@@ -90,6 +93,7 @@ def _measure(
         "psnr": report.as_dict()["psnr"],
         "judge_accuracy": report.as_dict()["judge_removed"],
         "cout": float(cout.mean()),
+        "class_cosine": class_cosine(distinct_of_every_class(trained.decomposer, images)),
         "auc": ours["auc"],
         "rivals": {
             name: {k: v for k, v in r.items() if k != "curves"} for name, r in measured.items()
@@ -121,7 +125,10 @@ def _measure_map(
         name: curves.deletion_curve(classify, x, maps, labels, fill=fill)
         for name, fill in _FILLS.items()
     }
-    recovered = None if plants is None else plant_recovery(maps, plants)._asdict()
+    recovered = None
+    if plants is not None:
+        recovered = plant_recovery(maps, plants)._asdict()
+        recovered["remainder"] = plant_remainder(part, plants)
     placed = {
         f"{name}_normalised": curves.normalised_area(
             curve.area, limits[_RANDOM][name].area, limits["greedy"][name].area
@@ -147,7 +154,7 @@ def _limits(
 ) -> dict[str, dict[str, Curve]]:
     """Curves of deletion at random, and by the greedy ranking of some of the images."""
     draw = torch.Generator().manual_seed(options.seed)
-    at_random = torch.rand(len(x), 1, *x.shape[-2:], generator=draw)
+    at_random = torch.rand(len(x), 1, *x.shape[-2:], generator=draw).to(x.device)
     with torch.no_grad():  # of an image that is answered wrongly there is nothing to learn
         right = classify(x).argmax(dim=1) == labels
     some = (~right).long().argsort(stable=True)[: options.limit_images]

@@ -18,6 +18,7 @@ from cmd_plugin.distinction.masks import mask_iou, mass_inside, pointing_game
 from cmd_plugin.distinction.plots import plot_decomposition
 from cmd_plugin.errors import InputError
 from cmd_plugin.jobs.distinction.data import find_class
+from cmd_plugin.jobs.distinction.marks import read_marks
 from cmd_plugin.jobs.distinction.model import EXPLAINER, TrainedSplit, open_model
 from cmd_plugin.jobs.distinction.options import ExplainOptions
 from cmd_plugin.runs.figures import save_figure, write_page
@@ -38,7 +39,8 @@ def run(job: Job, options: ExplainOptions) -> Result:
     Returns:
         ``images``: of each by name its ``target``, the probability of it ``before`` and ``after``
         (None without a classifier), the mean size of the ``residual``, and with masks ``iou``,
-        ``pointing`` and ``mass``, whose means are in ``masks``.
+        ``pointing`` and ``mass``, whose means over the images in which something is ``marked`` are
+        in ``masks``.
 
     Raises:
         InputError: If images, masks or folder cannot be used.
@@ -53,7 +55,9 @@ def run(job: Job, options: ExplainOptions) -> Result:
     given = read_images(options.images, trained.size, labelled=False)
     count = min(options.limit, len(given.images))
     images = _prepared(given, count, trained, options)
-    masks = None if options.masks is None else _masks(options.masks, given, count, trained.size)
+    masks, marked = None, 0
+    if options.masks is not None:
+        masks, marked = read_marks(options.masks, options.images, given.names[:count], trained.size)
     with own_random_state(), own_threads(options.threads):
         split = decompose(trained.decomposer, images, target)
         names = [_file_name(name, number) for number, name in enumerate(given.names[:count])]
@@ -62,11 +66,12 @@ def run(job: Job, options: ExplainOptions) -> Result:
             job.report(given.names[number], number, count)
             figure = _figure(images, split, trained, number, given.names[number])
             save_figure(figure, job.folder.path(f"pictures/{name}.png"))
-        _write_arrays(job.folder.path("maps.npz"), images, split)
+        _write_arrays(job.folder.path("maps.npz"), images, split, masks)
         _write_page(job.folder.path("page.html"), job, given.names[:count], names, found)
     metrics: dict[str, Any] = {"images": dict(zip(given.names[:count], found, strict=True))}
     if masks is not None:
-        metrics["masks"] = {name: _mean([one[name] for one in found]) for name in _MASKED}
+        scores = {name: _mean([one[name] for one in found]) for name in _MASKED}
+        metrics["masks"] = scores | {"marked": marked}
     return job.finish(
         metrics=metrics,
         data={
@@ -94,21 +99,6 @@ def _prepared(
     about = read_decomposer_about(options.model / EXPLAINER)
     mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
     return (pixels - mean) / std
-
-
-def _masks(path: Path, given: ImageSet, count: int, size: tuple[int, int]) -> Tensor:
-    """A mask for each image by its name without the ending, [B, H, W] bool."""
-    read = read_images(path, size, labelled=False)
-    places = {Path(name).with_suffix("").as_posix(): n for n, name in enumerate(read.names)}
-    wanted = [Path(name).with_suffix("").as_posix() for name in given.names[:count]]
-    missing = [name for name in wanted if name not in places]
-    if missing:
-        raise InputError(
-            f"--masks {path} has no mask for {missing[0]} ({len(missing)} missing): give one image "
-            "of the same name for each."
-        )
-    pixels = read.images.read(torch.tensor([places[name] for name in wanted]))
-    return pixels.mean(dim=1) > 0.5
 
 
 def _describe(
@@ -148,7 +138,7 @@ def _figure(
     )
 
 
-def _write_arrays(path: Path, images: Tensor, split: Decomposition) -> None:
+def _write_arrays(path: Path, images: Tensor, split: Decomposition, masks: Tensor | None) -> None:
     arrays = {
         "x_batch": images,
         "y_batch": split.target,
@@ -157,6 +147,8 @@ def _write_arrays(path: Path, images: Tensor, split: Decomposition) -> None:
         "agnostic": split.agnostic,
         "branches": split.branches,
     }
+    if masks is not None:
+        arrays["s_batch"] = masks[:, None]
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as stream:

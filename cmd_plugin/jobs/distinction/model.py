@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from cmd_plugin.distinction.artefact import load_decomposer, read_decomposer_about
 from cmd_plugin.distinction.decomposition import Decomposer
@@ -47,6 +49,12 @@ class TrainedSplit:
     classes: tuple[str, ...]
     channels: int
     size: tuple[int, int]
+
+    def to(self, device: torch.device) -> Self:
+        """Move the networks to a device."""
+        for network in (self.decomposer, self.classifier, self.judge):
+            network.to(device)
+        return self
 
     def classify(self, network: nn.Module) -> UnitClassifier:
         """A network of this folder for images in [-1, 1]."""

@@ -90,8 +90,17 @@ class TrainOptions(ImageOptions):
     batch_size: int = option(24, "Images in a step.", panel=_TRAINING, at_least=2)
     branches: int = option(3, "Branches.", panel=_TRAINING, at_least=2)
     width: int = option(8, "Channels of a branch.", panel=_TRAINING, at_least=1)
+    noise: int = option(
+        0,
+        "Numbers of noise in the code of a class (the papers' mapping network has 16); 0 has none.",
+        panel=_TRAINING,
+        at_least=0,
+    )
     lr: float = option(1e-3, "Learning rate of the generator.", panel=_TRAINING, above=0)
-    critic_lr: float = option(2e-3, "Learning rate of the critic.", panel=_TRAINING, above=0)
+    critic_lr: float = option(1e-3, "Learning rate of the critic.", panel=_TRAINING, above=0)
+    critic_width: int = option(
+        16, "Channels of the critic's first layer.", panel=_TRAINING, at_least=1
+    )
     sparsity: float = option(
         0.0, "Weight of the distinct part's size.", panel=_TRAINING, at_least=0
     )
@@ -176,6 +185,9 @@ class EvaluateOptions(JobOptions):
     threads: int | None = option(
         None, "CPU threads; default: torch's choice.", panel=_MACHINE, at_least=1, free=True
     )
+    accelerator: str = option(
+        "cpu", "cpu, gpu, mps or auto.", panel=_MACHINE, choices=ACCELERATORS, free=True
+    )
 
     def check_together(self) -> None:
         """Refuse rivals that there are not."""
@@ -190,13 +202,14 @@ class ExplainOptions(JobOptions):
     """Show what speaks for a class in images of yours.
 
     Writes for each image a picture (image, agnostic part, distinct part, signed map, branches, with
-    the classifier's confidence before and after), maps.npz (arrays x_batch, y_batch and a_batch as
-    Quantus takes them, and the parts), and page.html. Images are scaled and cropped to the size the
-    decomposition was trained on.
+    the classifier's confidence before and after), maps.npz (arrays x_batch, y_batch, a_batch and,
+    with masks, s_batch as Quantus takes them, and the parts), and page.html. Images are scaled and
+    cropped to the size the decomposition was trained on.
 
     Examples:
       cmd-plugin distinction explain photos --model three-eight --out maps
       cmd-plugin distinction explain photos --model three-eight --masks photos-masks --out maps
+      cmd-plugin distinction explain photos --model three-eight --masks boxes.csv --out maps
     """
 
     images: Path = argument(
@@ -215,7 +228,8 @@ class ExplainOptions(JobOptions):
     )
     masks: Path | None = option(
         None,
-        "Masks with the images' names (white is marked), to compare the maps with.",
+        "What is marked in the images, to compare the maps with: masks with the images' names "
+        "(white is marked), or a table .csv of boxes (image, left, top, right, bottom in pixels).",
         panel=_IMAGES,
     )
     limit: int = option(64, "Images at most.", panel=_IMAGES, at_least=1)

@@ -119,7 +119,7 @@ def _occlusion(captum: Any, network: nn.Module, images: Tensor, labels: Tensor) 
 
 def _random(captum: Any, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     del captum, network, labels
-    return torch.rand(len(images), 1, *images.shape[-2:])
+    return torch.rand(len(images), 1, *images.shape[-2:]).to(images.device)
 
 
 _ATTRIBUTIONS: dict[str, Attribute] = {

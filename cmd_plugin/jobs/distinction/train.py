@@ -35,7 +35,12 @@ from cmd_plugin.networks.weights import load_weights, save_weights
 from cmd_plugin.runs.figures import save_figure
 from cmd_plugin.runs.files import write_atomically
 from cmd_plugin.runs.job import Job, make_job
-from cmd_plugin.runs.process import check_accelerator, own_random_state, own_threads
+from cmd_plugin.runs.process import (
+    find_device,
+    own_determinism,
+    own_random_state,
+    own_threads,
+)
 from cmd_plugin.runs.result import Result
 from cmd_plugin.runs.table import Table
 
@@ -64,7 +69,7 @@ def run(job: Job, options: TrainOptions) -> Result:
     """Train a decomposition, and what it needs.
 
     On a CPU with an unchanged number of threads, a run that was killed and resumed ends with the
-    same bits as an uninterrupted one.
+    same bits as an uninterrupted one. Torch's deterministic algorithms are used on a GPU too.
 
     Returns:
         The ``accuracy`` of ``classifier`` and ``judge``, the ``split`` (see
@@ -74,7 +79,7 @@ def run(job: Job, options: TrainOptions) -> Result:
         InputError: If data, model or folder cannot be used, or the training diverges.
         KeyboardInterrupt: If the user stops the run; it can be resumed.
     """
-    check_accelerator(options.accelerator)
+    device = find_device(options.accelerator)
     data = load_split_data(options)
     shape: Shape = {
         "channels": data.channels,
@@ -82,14 +87,14 @@ def run(job: Job, options: TrainOptions) -> Result:
         "size": data.size,
     }
     names = {"classifier": options.model, "judge": options.judge}
-    with own_random_state(), own_threads(options.threads):
+    with own_random_state(), own_threads(options.threads), own_determinism(device):
         for name in names.values():
             build_model(name, **shape)  # fails early
         found: dict[str, Any] = {}
         for number, (role, name) in enumerate(names.items()):
             work = partial(_train_network, job, options, data, shape, role, name, number)
             found[role] = job.stage(role, work)
-        work = partial(_train_explainer, job, options, data, shape)
+        work = partial(_train_explainer, job, options, data, shape, device)
         found |= job.stage("explainer", work)
         seconds = {"training": found.pop("seconds")}
         about = {
@@ -180,7 +185,7 @@ class _Recorder(ClockedRecorder):
 
 
 def _train_explainer(
-    job: Job, options: TrainOptions, data: SplitData, shape: Shape
+    job: Job, options: TrainOptions, data: SplitData, shape: Shape, device: torch.device
 ) -> dict[str, Any]:
     """Train the decomposition, from its last checkpoint if there is one; what it found as JSON."""
     classifier = read_network(options.model, job.folder.path(CLASSIFIER), shape)
@@ -197,8 +202,10 @@ def _train_explainer(
         high=pixels.high.flatten().tolist(),
         branches=options.branches,
         width=options.width,
+        noise=options.noise,
         lr=options.lr,
         critic_lr=options.critic_lr,
+        critic_width=options.critic_width,
         seed=options.seed,
     )
     watched = _first_batches(data, _WATCHED)
@@ -223,7 +230,10 @@ def _train_explainer(
         precision=options.precision,
     )
     fit(trainer, module, loader, checkpoint)
-    decomposer = module.decomposer.cpu()
+    decomposer = module.decomposer.to(device)  # Lightning leaves it on the CPU
+    held_out = make_loader(data.test, _EVALUATION_BATCH)
+    found = measure_split(decomposer, held_out, judge.to(device))
+    decomposer.cpu()
     about = {
         "classes": list(data.classes),
         "channels": shape["channels"],
@@ -234,7 +244,6 @@ def _train_explainer(
     }
     save_decomposer(job.folder.path(EXPLAINER), decomposer, about)
     _draw(job, data, decomposer)
-    found = measure_split(decomposer, make_loader(data.test, _EVALUATION_BATCH), judge.cpu())
     return {
         "split": found.as_dict(),
         "warnings": found.warnings(),

@@ -17,6 +17,7 @@ from cmd_plugin.cli.main import run as run_command
 from cmd_plugin.errors import InputError, StateMismatch
 from cmd_plugin.jobs.distinction.evaluate import run as evaluate
 from cmd_plugin.jobs.distinction.explain import run as explain
+from cmd_plugin.jobs.distinction.marks import read_marks
 from cmd_plugin.jobs.distinction.model import CLASSIFIER, open_model
 from cmd_plugin.jobs.distinction.options import (
     RIVAL_NAMES,
@@ -98,11 +99,10 @@ def test_all_rivals_are_measured_like_the_decomposition(model: Path, tmp_path: P
     found = result.metrics
     assert set(found["rivals"]) == set(RIVAL_NAMES)
     assert found["rivals_left_out"] == {}
-    assert set(found["plant"]) == {"ncc", "signed", "iou", "cosine"}
     for row in (found, *found["rivals"].values()):
         assert set(row["auc"]) == {"removal", "deletion"}
         assert set(row["auc"]["removal"]) == {"classifier", "judge"}
-        assert set(row["plant"]) == {"ncc", "signed", "iou", "cosine"}
+        assert set(row["plant"]) == {"ncc", "signed", "iou", "cosine", "remainder"}
     assert len(found["judge_accuracy"]) == 2
     assert {"grey", "filled"} == set(found["limits"]["greedy"])
     json.dumps(result.as_dict(), allow_nan=False)
@@ -140,11 +140,13 @@ def test_images_become_pictures_arrays_and_a_page(
     options = ExplainOptions(images=pictures, model=model, masks=masks, threads=1)
     result = explain(options, tmp_path / "out")
     assert list(result.metrics["images"]) == ["a.png", "b.png", "c.png"]
-    assert set(result.metrics["masks"]) == {"iou", "pointing", "mass"}
+    assert set(result.metrics["masks"]) == {"iou", "pointing", "mass", "marked"}
+    assert result.metrics["masks"]["marked"] == 3
     with np.load(tmp_path / "out/maps.npz") as arrays:
         assert arrays["x_batch"].shape == (3, 1, 8, 8)
         assert arrays["a_batch"].shape == (3, 1, 8, 8)
         assert arrays["y_batch"].shape == (3,)
+        assert arrays["s_batch"].shape == (3, 1, 8, 8)
         assert (arrays["a_batch"] >= 0).all()  # Quantus refuses maps below zero
         np.testing.assert_allclose(
             arrays["distinct"] + arrays["agnostic"], arrays["x_batch"], atol=1e-5
@@ -158,6 +160,44 @@ def test_images_become_pictures_arrays_and_a_page(
     found = explain(to, tmp_path / "to")
     assert {one["target"] for one in found.metrics["images"].values()} == {"with"}
     assert found.data["left_out"] == 1
+
+
+def test_boxes_are_masks_in_pixels_of_the_images(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """The upper half as boxes scores as the upper half as masks; an image may have no box."""
+    (tmp_path / "masks").mkdir()
+    upper = np.zeros((8, 8), dtype=np.uint8)
+    upper[:4] = 255
+    for name in ("a", "c"):
+        Image.fromarray(upper).save(tmp_path / f"masks/{name}.png")
+    Image.fromarray(np.zeros((12, 9), dtype=np.uint8)).save(tmp_path / "masks/b.png")
+    table = tmp_path / "boxes.csv"
+    table.write_text("image,left,top,right,bottom\na.png,0,0,8,4\nc,0,0,3,4\nc,3,0,8,4\n")
+    found = [
+        explain(
+            ExplainOptions(images=pictures, model=model, masks=masks, threads=1), tmp_path / name
+        ).metrics
+        for name, masks in (("one", tmp_path / "masks"), ("other", table))
+    ]
+    assert found[0] == found[1]
+    assert found[1]["masks"]["marked"] == 2
+    assert found[1]["images"]["b.png"]["iou"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,left,top,right\na,0,0,1\n", "line 2, holds no box"),
+        ("image,left,top,right,bottom\na,0,0,1,1\na,3,0,1,1\n", "line 3.*not below right"),
+        ("image,left,top,right,bottom\na,0,0,nan,1\n", "line 2"),
+        ("image,left,top,right,bottom\nz,0,0,1,1\n", "no box for any of the images"),
+    ],
+)
+def test_what_is_no_box_is_refused(text: str, message: str, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "boxes.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_marks(tmp_path / "boxes.csv", pictures, ("a.png", "b.png"), (8, 8))
 
 
 def test_another_classifier_is_refused(model: Path, pictures: Path, tmp_path: Path) -> None:
