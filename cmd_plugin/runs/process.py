@@ -8,8 +8,12 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cmd_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "ACCELERATORS",
@@ -17,6 +21,7 @@ __all__ = [
     "kept_interrupt_handler",
     "own_random_state",
     "own_threads",
+    "pick_device",
     "quiet_lightning",
 ]
 
@@ -56,6 +61,23 @@ def check_accelerator(name: str) -> None:
     )
     if missing:
         raise InputError(f"no {name} device was found: pass --accelerator cpu or auto.")
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that an accelerator's name stands for; of ``"auto"`` a GPU if there is one.
+
+    Args:
+        name: One of :data:`ACCELERATORS`.
+
+    Raises:
+        InputError: If it is not there.
+    """
+    import torch
+
+    check_accelerator(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda" if name == "gpu" else name)
 
 
 @contextmanager

@@ -11,14 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cmd_plugin.clip.named_towers import load_tower
 from cmd_plugin.clip.preprocessing import Preprocessing
 from cmd_plugin.clip.towers import Modality, Tower, image_tower, text_tower
 from cmd_plugin.errors import InputError, require
 from cmd_plugin.jobs.clip.options import EncoderOptions
-from cmd_plugin.runs.process import check_accelerator
+from cmd_plugin.runs.process import pick_device
 
 __all__ = ["describe_encoder", "find_tower"]
 
@@ -33,10 +31,10 @@ def find_tower(options: EncoderOptions, modality: Modality) -> Tower:
         InputError: If there is no such model, or its weights are not there or do not fit.
         MissingDependency: If its library is not installed.
     """
-    check_accelerator(options.accelerator)
+    device = pick_device(options.accelerator)
     with _alone(options.model or ""):
         tower = _build(options, modality)
-    tower.model.to(_device(options.accelerator))
+    tower.model.to(device)
     if modality == "image":
         tower.preprocessing = _sized(tower, options.image_size)
     return tower
@@ -136,12 +134,6 @@ def _sized(tower: Tower, size: int | None) -> Preprocessing:
             raise InputError(f"{tower.name} does not say how large its images are: --image-size.")
         return known
     return replace(known or Preprocessing(), size=(size, size))
-
-
-def _device(accelerator: str) -> torch.device:
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cuda" if accelerator == "gpu" else accelerator)
 
 
 def _digest(path: Path) -> str:

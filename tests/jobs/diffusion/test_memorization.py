@@ -109,7 +109,7 @@ def exact(monkeypatch: pytest.MonkeyPatch, known: Tensor) -> None:
     """Let the job find a model that knows these images by heart."""
     model = ScoreModel.from_data(known, NoiseSchedule.linear())
     loaded = LoadedModel(model, PixelCodec(), SHAPE, None)
-    monkeypatch.setattr(memorization, "load_model", lambda _: loaded)
+    monkeypatch.setattr(memorization, "load_model", lambda *_: loaded)
 
 
 def test_suspects_that_were_trained_on_have_a_small_p_value(
@@ -161,7 +161,7 @@ def test_one_image_the_model_cannot_bear_does_not_cost_the_others(
 
     model = ScoreModel(predict, NoiseSchedule.linear(), SHAPE)
     loaded = LoadedModel(model, PixelCodec(), SHAPE, None)
-    monkeypatch.setattr(memorization, "load_model", lambda _: loaded)
+    monkeypatch.setattr(memorization, "load_model", lambda *_: loaded)
     folder = pictures(tmp_path / "in", images)
     result = run(MemorizationOptions(images=(folder,), model=tmp_path, **QUICK), tmp_path / "out")
     assert result.metrics["left_out"] == ["002.png NaN or infinite values of the model"]
