@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def match_levels(images: Tensor, like: Tensor) -> Tensor:
     _check_groups(images, like)
     matched = torch.empty_like(images)
     for channel in range(images.shape[1]):
-        known = like[:, channel].double().unique()
+        known = torch.unique(like[:, channel].double())
         middles = (known[1:] + known[:-1]) / 2.0
         place = torch.searchsorted(middles, images[:, channel].double().contiguous())
         matched[:, channel] = known[place].to(images.dtype)
@@ -97,7 +99,8 @@ def nearest_distance(images: Tensor, known: Tensor) -> Tensor:
         Root of the mean square of the difference.
     """
     one, other = images.double().flatten(1), known.double().flatten(1)
-    return torch.cdist(one, other).amin(1) / one.shape[1] ** 0.5
+    found: Tensor = torch.cdist(one, other).amin(1)
+    return found / math.sqrt(one.shape[1])
 
 
 def _check_groups(images: Tensor, like: Tensor) -> None:

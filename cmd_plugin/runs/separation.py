@@ -70,7 +70,7 @@ def roc_curve(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     Args and errors are those of :func:`auroc`, which is the area under this curve.
     """
     low, high = _checked(low, high)
-    limits = torch.cat([low, high]).unique()
+    limits = torch.unique(torch.cat([low, high]))
     rates = []
     for scores in (low, high):
         reached = len(scores) - torch.searchsorted(scores.sort().values, limits)

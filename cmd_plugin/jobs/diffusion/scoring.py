@@ -100,7 +100,9 @@ def _bear(
     except NonFiniteError:
         if len(part) == 1:
             return torch.full((1, columns), math.nan, dtype=torch.float64)
-        ones = [None] * len(part) if given is None else given.split(1)
         return torch.cat(
-            [_bear(score, i, c, columns) for i, c in zip(part.split(1), ones, strict=True)]
+            [
+                _bear(score, part[n : n + 1], None if given is None else given[n : n + 1], columns)
+                for n in range(len(part))
+            ]
         )
