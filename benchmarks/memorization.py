@@ -6,7 +6,7 @@
 
 - ``e0``: the exact score of a data set, that is of a perfect memoriser; no training.
 - ``e1``: images planted 2 to 32 times, found dose by dose in a trained model.
-- ``e1b``: the step at which training and held-out images separate (AUROC above .6, and .7;
+- ``e1b``: the step at which training and held-out images separate (AUROC above .6, and .65;
   constant learning rate) against the number n of training images. Theory: it grows as n, slope 1.
 
 Every statistic sees the same images, noise and network; AUROC is against held-out images, below .5
@@ -56,7 +56,7 @@ from cmd_plugin.runs.process import pick_device
 
 DOSES = "20x2,20x4,20x8,20x16,20x32"
 SIZES = (256, 512, 1024, 2048)
-LIMITS = (0.6, 0.7)  # that of MemorizationMonitor, and one well above chance
+LIMITS = (0.6, 0.65)  # that of MemorizationMonitor, and one further from chance
 
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "e0-digits": {"duplicate": "20x40", "singles": 800},
@@ -79,7 +79,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
             "image_size": 8,
             "held_out": 1000,
             "singles": n,
-            "steps": 3000 + 8 * n,
+            "steps": 3000 + 10 * n,
             # A rate that falls, or a long average, would put a clock of its own into the times.
             "lr_end": 1.0,
             "ema": 0.99,
