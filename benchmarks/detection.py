@@ -210,34 +210,33 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     if not experiments:
         return
     with figure_style():
-        figure = new_figure(11.0, 4.0 * len(experiments))
+        figure = new_figure(11.0, 4.4 * len(experiments))
         grid = figure.subplots(len(experiments), 1, squeeze=False)
         for axes, experiment in zip(grid[:, 0], experiments, strict=True):
-            _draw_bars(axes, experiment, [r for r in rows if r["experiment"] == experiment])
+            _draw(axes, experiment, [r for r in rows if r["experiment"] == experiment])
         save_figure(figure, path)
 
 
-def _draw_bars(axes: Any, experiment: str, rows: list[dict[str, Any]]) -> None:
+def _draw(axes: Any, experiment: str, rows: list[dict[str, Any]]) -> None:
     kind = "own, DDIM"
     names = list(rows[0]["found"][kind]["raw"])
-    series = [(kind, variant) for variant in VARIANTS] + [("real halves", "raw")]
-    wide = 0.8 / len(series)
-    for number, (group, variant) in enumerate(series):
+    series = [(kind, variant, variant) for variant in VARIANTS]
+    series.append(("real halves", "raw", "real against real"))
+    for number, (group, variant, label) in enumerate(series):
         each = [collect(rows, group, variant, name) for name in names]
-        x = [place + (number - 1.5) * wide for place in range(len(names))]
-        label = variant if group == kind else "real against real"
-        tint = colour(number) if group == kind else GREY
-        axes.bar(x, [mean(v) - 0.5 for v in each], wide, bottom=0.5, color=tint, label=label)
         middles = [mean(v) for v in each]
         down = [m - min(v) for m, v in zip(middles, each, strict=True)]
         up = [max(v) - m for m, v in zip(middles, each, strict=True)]
-        axes.errorbar(x, middles, [down, up], fmt="none", ecolor="black", lw=0.7)
+        x = [place + (number - 1.5) * 0.16 for place in range(len(names))]
+        tint = colour(number) if group == kind else GREY
+        axes.errorbar(x, middles, [down, up], fmt="o", ms=4, lw=1.0, color=tint, label=label)
+    for place in range(1, len(names)):
+        axes.axvline(place - 0.5, color=GREY, lw=0.3)
     axes.axhline(0.5, color=GREY, lw=0.8)
-    axes.set_ylim(0, 1)
+    axes.set(ylim=(-0.02, 1.02), xlim=(-0.5, len(names) - 0.5), ylabel="AUROC above real images")
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-    axes.set_ylabel("AUROC against real images")
-    axes.set_title(f"{experiment}: the model's own samples, {len(rows)} seeds (range)")
-    axes.legend(ncols=4, fontsize=8, loc="lower left")
+    axes.set_title(f"{experiment}: images the model made, {len(rows)} seed(s), mean and range")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -291,6 +291,7 @@ def _draw_doses(axes: Any, experiment: str, rows: list[dict[str, Any]]) -> None:
         )
     axes.axhline(0.5, color=GREY, lw=0.8)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(x, map(str, x))
     axes.set(xlabel="times in the training set", ylabel="AUROC against held-out images")
     axes.set_title(f"{experiment}, t = {rows[0]['found']['t'][0]:g}, {len(rows)} seeds (range)")
     legend_below(axes, columns=3)
@@ -312,6 +313,9 @@ def _draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.scatter(x, [tau for _, tau in points], color=colour(number), s=14, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    axes.set_xticks(SIZES, map(str, SIZES))
+    ends = [int(value).bit_length() for value in axes.get_ylim()]
+    axes.set_yticks([2**k for k in range(*ends)], [str(2**k) for k in range(*ends)])
     axes.set(xlabel="training images n", ylabel="first step with such an AUROC")
     axes.set_title("separation against n (theory: slope 1)")
     legend_below(axes, columns=1)
