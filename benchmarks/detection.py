@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     names = given.only or list(EXPERIMENTS)
-    if given.data_root is None and "mnist" in names:
+    if given.data_root is None and "mnist" in names and not given.merge:
         print("left out mnist: say where it lies by --data-root")
         names = [name for name in names if name != "mnist"]
     device = "" if given.accelerator == "cpu" else "_cuda"

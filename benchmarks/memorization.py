@@ -342,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not names:
         parser.error(f"--only must be the beginning of one of {', '.join(EXPERIMENTS)}")
     left = [name for name in names if "mnist" in str(EXPERIMENTS[name].get("data"))]
-    if given.data_root is None and left:
+    if given.data_root is None and left and not given.merge:
         print(f"left out {', '.join(left)}: say where MNIST lies by --data-root")
         names = [name for name in names if name not in left]
     device = "" if given.accelerator == "cpu" else "_cuda"
