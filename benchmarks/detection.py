@@ -38,7 +38,6 @@ from benchmarks.rows import measure_missing
 from cmd_plugin.diffusion import (
     ManifoldBiasDetector,
     content_statistics,
-    draw_samples,
     match_histogram,
     match_levels,
     nearest_distance,
@@ -67,7 +66,6 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     },
 }
 TIMES = (10, 100, 300, 600)
-MODEL_ONLY = ("criterion", "bias", "curvature", "gradient")
 VARIANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "raw": lambda images, _: images,
     "quantised": match_levels,
@@ -88,9 +86,9 @@ def measure(given: argparse.Namespace, experiment: str, seed: int) -> dict[str, 
         train.run(TrainOptions(**settings, seed=seed + 1000), Path(folder, "other"))
         own, other = (load_model(Path(folder, n), given.accelerator) for n in ("own", "other"))
         kinds = {
-            "own, DDIM": _made(own, count, seed),
-            "own, DDPM": _made(own, count, seed, steps=50 if given.quick else 250, eta=1.0),
-            "other, DDIM": _made(other, count, seed),
+            "own, DDIM": own.sample(count, seed),
+            "own, DDPM": own.sample(count, seed, steps=50 if given.quick else 250, eta=1.0),
+            "other, DDIM": other.sample(count, seed),
             "members": own.probes.members,
         }
         data = load_planted(options)
@@ -109,12 +107,6 @@ def measure(given: argparse.Namespace, experiment: str, seed: int) -> dict[str, 
         "seconds": {"training": trained.seconds["training"]},
         "machine": describe_machine(),
     }
-
-
-def _made(model: LoadedModel, count: int, seed: int, **options: Any) -> Tensor:
-    """Images of 8 bits in [-1, 1]."""
-    images = draw_samples(model.model, count, clamp=True, seed=seed, **options)
-    return ((images.clamp(-1, 1) + 1.0) * 127.5).round() / 127.5 - 1.0
 
 
 def _zero_shot(

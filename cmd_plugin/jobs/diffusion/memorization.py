@@ -85,7 +85,9 @@ def _of_probes(
     # From what should look least memorised to what should look most.
     parts = {"held_out": probes.held_out}
     if options.samples:
-        parts["samples"] = loaded.sample(options.samples, options.seed, options.batch_size)
+        parts["samples"] = loaded.sample(
+            options.samples, options.seed, batch_size=options.batch_size
+        )
     parts["members"] = probes.members
     reports = {
         name: _scored(job, f"{name}.csv", score, images)[0] for name, images in parts.items()

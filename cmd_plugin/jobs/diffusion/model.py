@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,10 +57,16 @@ class LoadedModel(NamedTuple):
     probes: ProbeSet | None
     encode: Callable[[Sequence[str]], Tensor] | None = None
 
-    def sample(self, count: int, seed: int, batch_size: int) -> Tensor:
-        """Let the model make images: [N, C, H, W] in [-1, 1] on the CPU, of 256 levels."""
+    def sample(self, count: int, seed: int, **options: Any) -> Tensor:
+        """Let the model make images: [N, C, H, W] in [-1, 1] on the CPU, of 256 levels.
+
+        Args:
+            count: How many.
+            seed: Of the noise.
+            **options: Further ones of :func:`.sampling.draw_samples`.
+        """
         plain = isinstance(self.codec, PixelCodec)
-        seen = draw_samples(self.model, count, clamp=plain, seed=seed, batch_size=batch_size)
+        seen = draw_samples(self.model, count, clamp=plain, seed=seed, **options)
         images = self.codec.decode(seen).clamp(-1.0, 1.0).cpu()
         return ((images + 1.0) * 127.5).round() / 127.5 - 1.0
 

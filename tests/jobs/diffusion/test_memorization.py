@@ -79,7 +79,7 @@ def test_probes_are_told_by_dose(trained: Path, tmp_path: Path) -> None:
         "members above samples",
     }
     assert result.data["samples"] == 12
-    made = score(loaded.sample(12, 0, 256))
+    made = score(loaded.sample(12, 0))
     overall = {"held_out": held_out, "samples": made, "members": members}
     for pair, found in result.metrics["pairs"].items():
         high, low = (overall[group] for group in pair.split(" above "))
