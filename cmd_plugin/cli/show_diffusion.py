@@ -53,6 +53,10 @@ def show_memorization(result: Result) -> None:
             console.print(f"  {value:.3f}  {name}", soft_wrap=True)
     else:
         console.print(_doses(found["auroc"], found["t"][0]))
+        console.print(_pairs(found["pairs"], found["t"][0]))
+        for pair, names in found["alike"].items():
+            if names:
+                console.print(f"{pair}: told apart no better than by chance by {', '.join(names)}")
     for line in found.get("left_out", ()):
         console.print(f"left out: {line}", soft_wrap=True)
 
@@ -83,8 +87,11 @@ def show_detect(result: Result) -> None:
         table.add_column("statistic")
         for group in groups:
             table.add_column(group, justify="right")
+        control = found["control"]
+        table.add_column("real above real", justify="right")
         for name in groups["raw"]:
-            table.add_row(name, *(f"{group[name]['auroc']:.3f}" for group in groups.values()))
+            cells = [f"{group[name]['auroc']:.3f}" for group in groups.values()]
+            table.add_row(name, *cells, "-" if control is None else f"{control[name]:.3f}")
         console.print(table)
     for line in found["warnings"]:
         console.print(f"warning: {line}", soft_wrap=True)
@@ -121,6 +128,19 @@ def _doses(auroc: Mapping[str, Mapping[str, float]], time: float) -> Table:
         table.add_column(f"x{dose}", justify="right")
     for name, doses in auroc.items():
         table.add_row(name, *(f"{value:.3f}" for value in doses.values()))
+    return table
+
+
+def _pairs(pairs: Mapping[str, Mapping[str, float]], time: float) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"AUROC of one group above another, t = {time:g}",
+        title_justify="left",
+    )  # fmt: skip
+    table.add_column("statistic")
+    for pair in pairs:
+        table.add_column(pair, justify="right")
+    for name in next(iter(pairs.values())):
+        table.add_row(name, *(f"{found[name]:.3f}" for found in pairs.values()))
     return table
 
 

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from cmd_plugin.diffusion.manifold_bias import ManifoldBias as ManifoldBias
     from cmd_plugin.diffusion.manifold_bias import ManifoldBiasDetector as ManifoldBiasDetector
     from cmd_plugin.diffusion.manifold_bias import verdicts as verdicts
+    from cmd_plugin.diffusion.matching import content_statistics as content_statistics
     from cmd_plugin.diffusion.matching import match_histogram as match_histogram
+    from cmd_plugin.diffusion.matching import match_levels as match_levels
+    from cmd_plugin.diffusion.matching import nearest_distance as nearest_distance
     from cmd_plugin.diffusion.memorization import MemorizationReport as MemorizationReport
     from cmd_plugin.diffusion.memorization import MemorizationScore as MemorizationScore
     from cmd_plugin.diffusion.memorization import separate as separate
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from cmd_plugin.diffusion.probes import plant_duplicates as plant_duplicates
     from cmd_plugin.diffusion.references import lid_flipd as lid_flipd
     from cmd_plugin.diffusion.references import p_laplace_exact as p_laplace_exact
+    from cmd_plugin.diffusion.sampling import draw_samples as draw_samples
     from cmd_plugin.diffusion.schedules import NoiseSchedule as NoiseSchedule
     from cmd_plugin.diffusion.score_model import ScoreModel as ScoreModel
     from cmd_plugin.diffusion.suspects import SetTest as SetTest
@@ -62,12 +66,16 @@ _MODULES = {
     "build_denoiser": "denoisers",
     "clip_embedding": "codecs",
     "codec_of": "codecs",
+    "content_statistics": "matching",
     "denoiser_model": "denoisers",
+    "draw_samples": "sampling",
     "infer_membership": "suspects",
     "lid_flipd": "references",
     "manifold_features": "few_shot",
     "match_histogram": "matching",
+    "match_levels": "matching",
     "membership_power": "suspects",
+    "nearest_distance": "matching",
     "p_laplace": "laplace",
     "p_laplace_exact": "references",
     "parse_doses": "doses",

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cmd_plugin.runs.figures import GREY, colour, figure_style, legend_below, new_figure
+from cmd_plugin.runs.separation import auroc, roc_curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_contact_sheet", "plot_doses"]
+__all__ = ["plot_contact_sheet", "plot_doses", "plot_roc"]
 
 
 def plot_contact_sheet(
@@ -76,4 +77,27 @@ def plot_doses(history: Sequence[dict[str, Any]], statistic: str, limit: float) 
         axes.set(xlabel="optimizer step", ylabel=f"AUROC of {statistic} against held-out images")
         axes.set_ylim(0.3, 1.02)
         legend_below(axes)
+    return figure
+
+
+def plot_roc(panels: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> Figure:
+    """Draw true against false positive rates, which a limit on a statistic trades.
+
+    Args:
+        panels: Title -> statistic -> its values [A] of the group that should score lower and [B] of
+            the other.
+    """
+    with figure_style():
+        figure = new_figure(3.6 * len(panels) + 0.4, 4.4)
+        for axes, (title, curves) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            axes.plot([0, 1], [0, 1], color=GREY, lw=0.8)
+            for number, (name, (low, high)) in enumerate(curves.items()):
+                false, true = roc_curve(low, high)
+                label = f"{name} {auroc(low, high):.3f}"
+                axes.plot(false.numpy(), true.numpy(), color=colour(number), lw=1.4, label=label)
+            axes.set_title(title, fontsize=9)
+            axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+            legend_below(axes, columns=2, fontsize=8)
     return figure

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmd_plugin.errors import InputError, NonFiniteError, ShapeError
 
-__all__ = ["auroc", "average_precision", "true_positive_rate"]
+__all__ = ["auroc", "average_precision", "chance_band", "roc_curve", "true_positive_rate"]
 
 
 def auroc(low: Tensor, high: Tensor) -> float:
@@ -62,6 +62,37 @@ def true_positive_rate(low: Tensor, high: Tensor, false_positive_rate: float = 0
     allowed = math.floor(false_positive_rate * len(low) + 1e-9)
     limit = low.sort(descending=True).values[allowed]
     return float((high > limit).double().mean())
+
+
+def roc_curve(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the false and the true positive rates over all limits, [K] float64 each, rising.
+
+    Args and errors are those of :func:`auroc`, which is the area under this curve.
+    """
+    low, high = _checked(low, high)
+    limits = torch.unique(torch.cat([low, high]))
+    rates = []
+    for scores in (low, high):
+        reached = len(scores) - torch.searchsorted(scores.sort().values, limits)
+        rates.append(torch.cat([reached.flip(0).new_zeros(1), reached.flip(0)]) / len(scores))
+    return rates[0].double(), rates[1].double()
+
+
+def chance_band(low: int, high: int, deviations: float = 1.96) -> float:
+    """Return how far from .5 the AUROC of two groups alike gets by chance.
+
+    Args:
+        low: Number of scores of one group.
+        high: Number of scores of the other.
+        deviations: How many standard deviations; 1.96 for 95 of 100 pairs of groups.
+
+    Raises:
+        InputError: If a group is empty.
+    """
+    if min(low, high) < 1:
+        raise InputError(f"both groups need a score, got {low} and {high}.")
+    # The variance of the statistic of Mann and Whitney under the null hypothesis.
+    return deviations * math.sqrt((low + high + 1) / (12.0 * low * high))
 
 
 def _checked(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

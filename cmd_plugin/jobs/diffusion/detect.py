@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +13,26 @@ from torch import Tensor
 from cmd_plugin.diffusion import (
     ManifoldBiasDetector,
     RealReference,
+    content_statistics,
     match_histogram,
+    match_levels,
     redeliver,
     verdicts,
 )
 from cmd_plugin.diffusion.delivery import DELIVERIES
+from cmd_plugin.diffusion.plots import plot_roc
 from cmd_plugin.errors import InputError
-from cmd_plugin.jobs.diffusion.model import Images, LoadedModel, kinds_of, load_model, read_for
+from cmd_plugin.jobs.diffusion.model import (
+    Images,
+    LoadedModel,
+    kinds_of,
+    load_model,
+    read_captions,
+    read_for,
+)
 from cmd_plugin.jobs.diffusion.options import CalibrateOptions, DetectOptions
 from cmd_plugin.jobs.diffusion.scoring import Scored, score_images
+from cmd_plugin.runs.figures import save_figure
 from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.process import own_random_state, own_threads
 from cmd_plugin.runs.result import Result
@@ -48,14 +60,16 @@ def calibrate(job: Job, options: CalibrateOptions) -> Result:
     with own_random_state(), own_threads(options.threads):
         loaded, detector = _detector(options)
         images = read_for(loaded, Path(options.images[0]))
-        scored = score_images(job, "scores.csv", _SCORES, images, partial(_numbers, detector))
+        given = _conditions(options, loaded, images)
+        numbers = partial(_numbers, detector)
+        scored = score_images(job, "scores.csv", _SCORES, images, numbers, condition=given)
     if len(scored.kept) < _FEWEST:
         raise InputError(
             f"{len(scored.kept)} real images are too few, since no p-value could get below .05: "
             f"give at least {_FEWEST}."
         )
     scores = dict(zip(_SCORES, scored.values.unbind(1), strict=True))
-    about = {**detector.settings(), "files": " ".join(images.kinds())}
+    about = {**_settings(options, detector), "files": " ".join(images.kinds())}
     reference = RealReference(scores, about)
     reference.save(job.folder.path(REFERENCE))
     return job.finish(
@@ -76,8 +90,10 @@ def detect(job: Job, options: DetectOptions) -> Result:
 
     Returns:
         ``verdicts`` by image and their ``counts``; with kinds in folders ``separation`` (kind ->
-        ``raw`` and ``matched`` -> statistic -> AUROC and average precision against the real ones);
-        ``warnings``, and what was ``left_out``.
+        ``raw``, ``quantised`` to the real images' grey levels, and ``matched`` to how often they
+        have each -> statistic -> AUROC and average precision against the real ones) and
+        ``control`` (the same AUROC of one half of the real images against the other). Beside the
+        detector's statistics stand two of pixels alone. ``warnings``, and what was ``left_out``.
 
     Raises:
         InputError: If the model, the reference or the images cannot be used.
@@ -88,12 +104,12 @@ def detect(job: Job, options: DetectOptions) -> Result:
         loaded, detector = _detector(options)
         known = RealReference.load(Path(options.reference) / REFERENCE)
         files = known.about.get("files", "")
-        detector.use_reference(
-            RealReference(known.scores, {k: v for k, v in known.about.items() if k != "files"})
-        )
+        known.check({**_settings(options, detector), "files": files})
         images = read_for(loaded, Path(options.images[0]))
         columns = [f"{name}_{score}" for name in ("as_is", *DELIVERIES) for score in _SCORES]
-        scored = score_images(job, "scores.csv", columns, images, partial(_delivered, detector))
+        given = _conditions(options, loaded, images)
+        numbers = partial(_delivered, detector)
+        scored = score_images(job, "scores.csv", columns, images, numbers, condition=given)
         criterion = scored.values[:, :: len(_SCORES)]
         p = torch.stack([known.p_values("criterion", c) for c in criterion.unbind(1)], dim=1)
         found = verdicts(p, options.level)
@@ -112,9 +128,8 @@ def detect(job: Job, options: DetectOptions) -> Result:
         }
         kinds = kinds_of(names, options.real)
         if kinds is not None:
-            metrics["separation"] = job.stage(
-                "separation", partial(_separation, detector, images, scored, kinds, options.real)
-            )
+            shown = _Shown(detector, images, scored, given)
+            metrics |= job.stage("separation", partial(_separation, job, shown, kinds, options))
     return job.finish(metrics=metrics, data={"images": len(names), "path": str(options.images[0])})
 
 
@@ -122,7 +137,7 @@ def _detector(
     options: CalibrateOptions | DetectOptions,
 ) -> tuple[LoadedModel, ManifoldBiasDetector]:
     assert options.model is not None
-    loaded = load_model(options.model)
+    loaded = load_model(options.model, options.accelerator)
     return loaded, ManifoldBiasDetector(
         loaded.model,
         t=options.time,
@@ -133,18 +148,37 @@ def _detector(
     )
 
 
-def _numbers(detector: ManifoldBiasDetector, part: Tensor) -> Tensor:
-    scores = detector.terms(part).scores()
+def _settings(
+    options: CalibrateOptions | DetectOptions, detector: ManifoldBiasDetector
+) -> dict[str, str]:
+    return {**detector.settings(), "captions": "none" if options.captions is None else "given"}
+
+
+def _conditions(
+    options: CalibrateOptions | DetectOptions, loaded: LoadedModel, images: Images
+) -> Callable[[int, int], Tensor] | None:
+    """What images are conditioned on: their captions, encoded when they are needed, once each."""
+    if options.captions is None:
+        return None
+    encode = loaded.encode
+    if encode is None:
+        raise InputError(f"{options.model} takes no prompts: leave --captions out.")
+    captions = read_captions(options.captions, images.found.names)
+    return lambda start, stop: encode(captions[start:stop])
+
+
+def _numbers(detector: ManifoldBiasDetector, part: Tensor, condition: Tensor | None) -> Tensor:
+    scores = detector.terms(part, condition).scores()
     return torch.stack([scores[name] for name in _SCORES], dim=1)
 
 
-def _delivered(detector: ManifoldBiasDetector, part: Tensor) -> Tensor:
+def _delivered(detector: ManifoldBiasDetector, part: Tensor, condition: Tensor | None) -> Tensor:
     """Numbers of images as they are and delivered again, [B, 6 * 4]."""
     levels = ((part / 2 + 0.5) * 255).round().to(torch.uint8)
     ways = [part]
     delivered = [redeliver(image) for image in levels]
     ways += [torch.stack([d[way] for d in delivered]).float() / 127.5 - 1 for way in DELIVERIES]
-    return torch.cat([_numbers(detector, images) for images in ways], dim=1)
+    return torch.cat([_numbers(detector, images, condition) for images in ways], dim=1)
 
 
 def _ways() -> list[str]:
@@ -163,36 +197,70 @@ def _warnings(images: Images, files: str, count: int, level: float) -> list[str]
     return found
 
 
+class _Shown(NamedTuple):
+    """Images with what has to be known to score them once more."""
+
+    detector: ManifoldBiasDetector
+    images: Images
+    scored: Scored
+    condition: Callable[[int, int], Tensor] | None
+
+    def pixels(self, places: list[int]) -> Tensor:
+        """Images in [0, 1]."""
+        kept = [self.scored.kept[n] for n in places]
+        return torch.cat([self.images.read(n, n + 1) for n in kept])
+
+    def given(self, places: list[int]) -> Tensor | None:
+        """What they are conditioned on."""
+        if self.condition is None:
+            return None
+        kept = [self.scored.kept[n] for n in places]
+        return torch.cat([self.condition(n, n + 1) for n in kept])
+
+    def statistics(self, places: list[int], changed: Tensor | None = None) -> dict[str, Tensor]:
+        """All statistics of images as they are, or changed to others in [0, 1]."""
+        if changed is None:
+            values, pixels = self.scored.values[places, : len(_SCORES)], self.pixels(places)
+        else:
+            pixels = changed
+            values = _numbers(self.detector, pixels * 2 - 1, self.given(places))
+        own = dict(zip(_SCORES, values.unbind(1), strict=True))
+        return own | content_statistics(pixels * 2 - 1)
+
+
 def _separation(
-    detector: ManifoldBiasDetector,
-    images: Images,
-    scored: Scored,
-    kinds: dict[str, list[int]],
-    real: str,
+    job: Job, shown: _Shown, kinds: dict[str, list[int]], options: DetectOptions
 ) -> dict[str, Any]:
-    """How well each statistic tells each kind from the real images, as they are and matched."""
-
-    def read(places: list[int]) -> Tensor:
-        return torch.cat([images.read(scored.kept[n], scored.kept[n] + 1) for n in places])
-
-    pixels = read(kinds[real])
-    raw = scored.values[kinds[real], : len(_SCORES)]
+    """How well each statistic tells each kind from the real images, and those from themselves."""
+    places = kinds[options.real]
+    real, pixels = shown.statistics(places), shown.pixels(places)
     found: dict[str, Any] = {}
-    for kind, places in kinds.items():
-        if kind == real:
+    panels: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for kind, others in kinds.items():
+        if kind == options.real:
             continue
-        matched = _numbers(detector, match_histogram(read(places), pixels) * 2 - 1)
-        found[kind] = {
-            name: {
-                score: {
-                    "auroc": auroc(low, high),
-                    "average_precision": average_precision(low, high),
-                }
-                for score, low, high in zip(_SCORES, raw.unbind(1), values.unbind(1), strict=True)
-            }
-            for name, values in (
-                ("raw", scored.values[places, : len(_SCORES)]),
-                ("matched", matched),
-            )
+        made = shown.pixels(others)
+        groups = {
+            "raw": shown.statistics(others),
+            "quantised": shown.statistics(others, match_levels(made, pixels)),
+            "matched": shown.statistics(others, match_histogram(made, pixels)),
         }
-    return found
+        found[kind] = {
+            group: {
+                name: {
+                    "auroc": auroc(real[name], values),
+                    "average_precision": average_precision(real[name], values),
+                }
+                for name, values in statistics.items()
+            }
+            for group, statistics in groups.items()
+        }
+        panels[f"{kind} above {options.real}"] = {
+            group: (real["criterion"], statistics["criterion"])
+            for group, statistics in groups.items()
+        } | {"norm, raw": (real["norm"], groups["raw"]["norm"])}
+    save_figure(plot_roc(panels), job.folder.path("roc.png"))
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(options.seed))
+    one, other = order[::2], order[1::2]
+    control = {name: auroc(v[one], v[other]) for name, v in real.items()} if len(other) else None
+    return {"separation": found, "control": control}

@@ -44,7 +44,7 @@ def run(job: Job, options: FewShotOptions) -> Result:
         InputError: If model or images cannot be used, or there are no kinds, or none is real.
     """
     assert options.model is not None
-    loaded = load_model(options.model)
+    loaded = load_model(options.model, options.accelerator)
     images = read_for(loaded, Path(options.images[0]))
     kinds = kinds_of(images.found.names, options.real)
     if kinds is None:
@@ -88,7 +88,9 @@ def run(job: Job, options: FewShotOptions) -> Result:
     )
 
 
-def _features(loaded: LoadedModel, options: FewShotOptions, part: Tensor) -> Tensor:
+def _features(
+    loaded: LoadedModel, options: FewShotOptions, part: Tensor, condition: Tensor | None
+) -> Tensor:
     seen = loaded.codec.encode(part)
     parts = [
         manifold_features(
@@ -97,6 +99,7 @@ def _features(loaded: LoadedModel, options: FewShotOptions, part: Tensor) -> Ten
             options.time,
             directions=options.directions,
             seed=options.seed,
+            condition=condition,
             batch_size=options.batch_size,
         )
     ]

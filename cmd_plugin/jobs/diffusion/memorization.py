@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from cmd_plugin.diffusion import (
     infer_membership,
     membership_power,
     refuse_unlike,
+    separate,
     separate_doses,
 )
-from cmd_plugin.diffusion.plots import plot_contact_sheet
+from cmd_plugin.diffusion.plots import plot_contact_sheet, plot_roc
 from cmd_plugin.errors import InputError
 from cmd_plugin.jobs.diffusion.model import Images, LoadedModel, load_model, read_for
 from cmd_plugin.jobs.diffusion.options import MemorizationOptions
@@ -26,6 +28,7 @@ from cmd_plugin.runs.figures import save_figure
 from cmd_plugin.runs.job import Job, make_job
 from cmd_plugin.runs.process import own_random_state, own_threads
 from cmd_plugin.runs.result import Result
+from cmd_plugin.runs.separation import chance_band
 
 __all__ = ["run"]
 
@@ -39,7 +42,9 @@ def run(job: Job, options: MemorizationOptions) -> Result:
 
     Returns:
         Of probes ``auroc`` at the first time (statistic -> dose -> AUROC against held-out images),
-        ``auroc_by_time`` and the mean ``standard_error`` of each p-Laplace score. Of a folder the
+        ``auroc_by_time``, the mean ``standard_error`` of each p-Laplace score, and ``pairs`` (two
+        of members, held-out images and the model's own samples -> statistic -> AUROC at the first
+        time), of which ``alike`` names those that differ by no more than chance. Of a folder the
         ``most_memorised`` and what was ``left_out``. Of suspects ``p_value``, ``auroc``, ``power``
         by number of images, ``pixel_auroc`` and ``file_kinds``. Always ``t`` and ``directions``.
 
@@ -48,7 +53,7 @@ def run(job: Job, options: MemorizationOptions) -> Result:
             apart by their pixels alone.
     """
     assert options.model is not None
-    loaded = load_model(options.model)
+    loaded = load_model(options.model, options.accelerator)
     score = MemorizationScore(
         loaded.model,
         options.time,
@@ -77,7 +82,13 @@ def _of_probes(
             f"{options.model} has no probes of its own: give IMAGES, or --suspects and --controls."
         )
     assert probes.doses is not None
-    parts = {"members": probes.members, "held_out": probes.held_out}
+    # From what should look least memorised to what should look most.
+    parts = {"held_out": probes.held_out}
+    if options.samples:
+        parts["samples"] = loaded.sample(
+            options.samples, options.seed, batch_size=options.batch_size
+        )
+    parts["members"] = probes.members
     reports = {
         name: _scored(job, f"{name}.csv", score, images)[0] for name, images in parts.items()
     }
@@ -91,6 +102,19 @@ def _of_probes(
         plot_contact_sheet(rows, f"highest p1 at t = {options.time[0]:g}"),
         job.folder.path("memorised.png"),
     )
+    save_figure(
+        plot_roc(
+            {
+                f"members above held out, t = {time:g}": {
+                    name: (held_out.evidence(name)[:, n], members.evidence(name)[:, n])
+                    for name in members.values
+                }
+                for n, time in enumerate(options.time)
+            }
+        ),
+        job.folder.path("roc.png"),
+    )
+    pairs, alike = _pairs(reports)
     return {
         "auroc": _first(by_dose),
         "auroc_by_time": {
@@ -99,7 +123,23 @@ def _of_probes(
         "standard_error": {
             name: float(values[:, 0].mean()) for name, values in members.standard_error.items()
         },
-    }, {"members": len(members), "held_out": len(held_out), "model": str(options.model)}
+        "pairs": pairs,
+        "alike": alike,
+    }, {**{name: len(report) for name, report in reports.items()}, "model": str(options.model)}
+
+
+def _pairs(
+    reports: dict[str, MemorizationReport],
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """AUROC of each pair of groups at the first time, and which statistics see no difference."""
+    pairs, alike = {}, {}
+    for low, high in itertools.combinations(reports, 2):
+        found = separate(reports[low], reports[high])["auroc"]
+        first = {name: values[0] for name, values in found.items()}
+        band = chance_band(len(reports[low]), len(reports[high]))
+        pairs[f"{high} above {low}"] = first
+        alike[f"{high} above {low}"] = [n for n, v in first.items() if abs(v - 0.5) <= band]
+    return pairs, alike
 
 
 def _of_folder(
@@ -166,8 +206,8 @@ def _scored(
 ) -> tuple[MemorizationReport, Scored]:
     columns = _columns(score)
 
-    def numbers(part: Tensor) -> Tensor:
-        report = score(part)
+    def numbers(part: Tensor, condition: Tensor | None) -> Tensor:
+        report = score(part, condition)
         return torch.cat([*report.values.values(), *report.standard_error.values()], dim=1)
 
     scored = score_images(job, table, columns, images, numbers)

@@ -21,6 +21,7 @@ _DATA = "Data and network"
 _TRAINING = "Training"
 _WATCHING = "Memorisation"
 _MODEL = "Model"
+_MEASURING = "Measurement"
 _DETECTING = "Detector"
 _MACHINE = "Machine"
 
@@ -74,7 +75,14 @@ class TrainOptions(JobOptions):
         8000, "Optimizer steps, about: whole epochs are trained.", panel=_TRAINING, at_least=1
     )
     batch_size: int = option(128, "Images in a step.", panel=_TRAINING, at_least=2)
-    lr: float = option(2e-3, "Learning rate, cosine to a tenth.", panel=_TRAINING, above=0)
+    lr: float = option(2e-3, "Highest learning rate.", panel=_TRAINING, above=0)
+    lr_end: float = option(
+        0.1,
+        "Share of it left at the end of a cosine; 1 keeps it constant.",
+        panel=_TRAINING,
+        above=0,
+        at_most=1,
+    )
     ema: float = option(
         0.999,
         "Decay of the averaged weights, which are the result.",
@@ -108,40 +116,16 @@ class TrainOptions(JobOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemorizationOptions(JobOptions):
-    """Score images by how memorised a diffusion model has them, with all controls beside the score.
+class _ScoringOptions(JobOptions):
+    """What every command says that asks a model about images."""
 
-    Without IMAGES it scores the probes of a model of `diffusion train` and says how well each
-    statistic finds the planted ones. With --suspects and --controls it gives one p-value for the
-    whole set of suspects. Writes scores.csv, pictures and result.json; files that cannot be read
-    are listed and left out.
-
-    Examples:
-      cmd-plugin diffusion memorization --model M
-      cmd-plugin diffusion memorization photos/ --model M --out S
-      cmd-plugin diffusion memorization --suspects mine/ --controls others/ --model M
-    """
-
-    images: tuple[Path, ...] = option(
-        (), "Folder, archive or array of images to score.", panel=_MODEL, positional=True
-    )
     model: Path | None = option(
         None, "Folder of `diffusion train`, or of a diffusers pipeline.", panel=_MODEL
     )
-    suspects: Path | None = option(
-        None, "Images that may have been trained on, as one set.", panel=_MODEL
+    directions: int = option(8, "Directions, in pairs.", panel=_MEASURING, at_least=2)
+    seed: int = option(
+        0, "Of the directions and of all else that is drawn.", panel=_MEASURING, at_least=0
     )
-    controls: Path | None = option(
-        None, "Images of the same kind that surely were not.", panel=_MODEL
-    )
-    time: tuple[float, ...] = option(
-        (25.0, 50.0), "Noise levels, as training steps (repeatable).", panel=_WATCHING
-    )
-    directions: int = option(16, "Directions, in pairs.", panel=_WATCHING, at_least=2)
-    permutations: int = option(
-        9999, "Permutations behind the p-value of suspects.", panel=_WATCHING, at_least=99
-    )
-    seed: int = option(0, "Of directions and permutations.", panel=_WATCHING, at_least=0)
     batch_size: int = option(
         256,
         "Images per call of the network: bounds the memory.",
@@ -149,41 +133,11 @@ class MemorizationOptions(JobOptions):
         at_least=1,
         free=True,
     )
-    threads: int | None = option(
-        None, "CPU threads; default: torch's choice.", panel=_MACHINE, at_least=1, free=True
-    )
-
-    def check_together(self) -> None:
-        """Refuse what cannot be asked at once."""
-        if self.model is None:
-            raise InputError("--model is missing: give the folder of a trained model.")
-        if (self.suspects is None) != (self.controls is None):
-            raise InputError("--suspects and --controls go together: give both.")
-        if self.suspects is not None and self.images:
-            raise InputError("IMAGES and --suspects are two questions: ask one at a time.")
-        if len(self.images) > 1:
-            raise InputError("IMAGES must be one folder, archive or array: put them together.")
-        if not self.time:
-            raise InputError("--time is empty: give at least one.")
-        if self.directions % 2:
-            raise InputError(f"--directions come in pairs: {self.directions} is odd.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _DetectorOptions(JobOptions):
-    """What decides a score of how generated an image looks."""
-
-    model: Path | None = option(
-        None, "Folder of `diffusion train`, or of a diffusers pipeline.", panel=_MODEL
-    )
-    time: float = option(10.0, "Noise level, as a training step.", panel=_DETECTING, at_least=0)
-    directions: int = option(8, "Directions, in pairs.", panel=_DETECTING, at_least=2)
-    seed: int = option(0, "Of the directions.", panel=_DETECTING, at_least=0)
-    batch_size: int = option(
-        256,
-        "Images per call of the network: bounds the memory.",
+    accelerator: str = option(
+        "cpu",
+        "cpu, gpu or auto.",
         panel=_MACHINE,
-        at_least=1,
+        choices=("cpu", "auto", "gpu", "cuda"),
         free=True,
     )
     threads: int | None = option(
@@ -199,6 +153,80 @@ class _DetectorOptions(JobOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemorizationOptions(_ScoringOptions):
+    """Score images by how memorised a diffusion model has them, with all controls beside the score.
+
+    Without IMAGES it scores the probes of a model of `diffusion train` and says how well each
+    statistic finds the planted ones, and tells members, held-out images and the model's own samples
+    from one another. With --suspects and --controls it gives one p-value for the whole set of
+    suspects. Writes scores.csv, pictures and result.json; files that cannot be read are listed and
+    left out.
+
+    Examples:
+      cmd-plugin diffusion memorization --model M
+      cmd-plugin diffusion memorization photos/ --model M --out S
+      cmd-plugin diffusion memorization --suspects mine/ --controls others/ --model M
+    """
+
+    images: tuple[Path, ...] = option(
+        (), "Folder, archive or array of images to score.", panel=_MODEL, positional=True
+    )
+    suspects: Path | None = option(
+        None, "Images that may have been trained on, as one set.", panel=_MODEL
+    )
+    controls: Path | None = option(
+        None, "Images of the same kind that surely were not.", panel=_MODEL
+    )
+    time: tuple[float, ...] = option(
+        (25.0, 50.0), "Noise levels, as training steps (repeatable).", panel=_MEASURING
+    )
+    directions: int = option(16, "Directions, in pairs.", panel=_MEASURING, at_least=2)
+    samples: int = option(
+        200,
+        "Images to let the model make, which its probes are compared with; 0 for none.",
+        panel=_MEASURING,
+        at_least=0,
+    )
+    permutations: int = option(
+        9999, "Permutations behind the p-value of suspects.", panel=_MEASURING, at_least=99
+    )
+
+    def check_together(self) -> None:
+        """Refuse what cannot be asked at once."""
+        super().check_together()
+        if (self.suspects is None) != (self.controls is None):
+            raise InputError("--suspects and --controls go together: give both.")
+        if self.suspects is not None and self.images:
+            raise InputError("IMAGES and --suspects are two questions: ask one at a time.")
+        if len(self.images) > 1:
+            raise InputError("IMAGES must be one folder, archive or array: put them together.")
+        if not self.time:
+            raise InputError("--time is empty: give at least one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DetectorOptions(_ScoringOptions):
+    """What decides a score of how generated an image looks."""
+
+    images: tuple[Path, ...] = argument(
+        "Folder, archive or array of images.", panel=_MODEL, positional=True
+    )
+    time: float = option(10.0, "Noise level, as a training step.", panel=_DETECTING, at_least=0)
+    captions: Path | None = option(
+        None,
+        "CSV file of image names and captions, for a model that takes prompts; without it every "
+        "prompt is empty.",
+        panel=_DETECTING,
+    )
+
+    def check_together(self) -> None:
+        """Refuse what cannot be asked at once."""
+        super().check_together()
+        if len(self.images) != 1:
+            raise InputError("IMAGES must be one folder, archive or array: put them together.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(_DetectorOptions):
     """Score real images, which `diffusion detect` then compares others with.
 
@@ -209,16 +237,6 @@ class CalibrateOptions(_DetectorOptions):
     Examples:
       cmd-plugin diffusion calibrate reals/ --model M --out C
     """
-
-    images: tuple[Path, ...] = argument(
-        "Folder, archive or array of real images.", panel=_MODEL, positional=True
-    )
-
-    def check_together(self) -> None:
-        """Refuse what cannot be asked at once."""
-        super().check_together()
-        if len(self.images) != 1:
-            raise InputError("IMAGES must be one folder, archive or array: put them together.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,9 +253,6 @@ class DetectOptions(_DetectorOptions):
       cmd-plugin diffusion detect images/ --model M --reference C --out D
     """
 
-    images: tuple[Path, ...] = argument(
-        "Folder, archive or array of images.", panel=_MODEL, positional=True
-    )
     reference: Path | None = option(
         None, "Folder that `diffusion calibrate` wrote with this model.", panel=_MODEL
     )
@@ -255,8 +270,6 @@ class DetectOptions(_DetectorOptions):
     def check_together(self) -> None:
         """Refuse what cannot be asked at once."""
         super().check_together()
-        if len(self.images) != 1:
-            raise InputError("IMAGES must be one folder, archive or array: put them together.")
         if self.reference is None:
             raise InputError(
                 "--reference is missing: give the folder that `diffusion calibrate` wrote."
@@ -264,7 +277,7 @@ class DetectOptions(_DetectorOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShotOptions(JobOptions):
+class FewShotOptions(_ScoringOptions):
     """Learn to tell generated from real images from a few labels, and say how far that carries.
 
     IMAGES has a folder for each kind: one of them named real, the others each a generator. For each
@@ -278,9 +291,6 @@ class FewShotOptions(JobOptions):
 
     images: tuple[Path, ...] = argument(
         "Folder or archive with a folder for each kind of image.", panel=_MODEL, positional=True
-    )
-    model: Path | None = option(
-        None, "Folder of `diffusion train`, or of a diffusers pipeline.", panel=_MODEL
     )
     real: str = option("real", "Name of the folder of real images.", panel=_DETECTING)
     per_class: tuple[int, ...] = option(
@@ -298,29 +308,14 @@ class FewShotOptions(JobOptions):
         "Noise levels, as training steps (repeatable).",
         panel=_DETECTING,
     )
-    directions: int = option(8, "Directions, in pairs.", panel=_DETECTING, at_least=2)
     gate: str = option(
         "logistic", "logistic or forest.", panel=_DETECTING, choices=("logistic", "forest")
-    )
-    seed: int = option(0, "Of directions and draws.", panel=_DETECTING, at_least=0)
-    batch_size: int = option(
-        256,
-        "Images per call of the network: bounds the memory.",
-        panel=_MACHINE,
-        at_least=1,
-        free=True,
-    )
-    threads: int | None = option(
-        None, "CPU threads; default: torch's choice.", panel=_MACHINE, at_least=1, free=True
     )
 
     def check_together(self) -> None:
         """Refuse what cannot be asked."""
-        if self.model is None:
-            raise InputError("--model is missing: give the folder of a trained model.")
+        super().check_together()
         if len(self.images) != 1:
             raise InputError("IMAGES must be one folder or archive: put them together.")
         if not self.time or not self.per_class:
             raise InputError("--time and --per-class need a value each.")
-        if self.directions % 2:
-            raise InputError(f"--directions come in pairs: {self.directions} is odd.")

@@ -38,8 +38,9 @@ def score_images(
     table: str,
     columns: Sequence[str],
     images: Images | Tensor,
-    score: Callable[[Tensor], Tensor],
+    score: Callable[[Tensor, Tensor | None], Tensor],
     names: Sequence[str] | None = None,
+    condition: Callable[[int, int], Tensor] | None = None,
 ) -> Scored:
     """Score images into a table; what an earlier process scored is read from there.
 
@@ -48,10 +49,12 @@ def score_images(
         table: The table's file.
         columns: Name of each number.
         images: A folder's, or a tensor [N, C, H, W] in [-1, 1].
-        score: Returns [B, columns] of a part [B, C, H, W] in [-1, 1]. Where it raises
-            NonFiniteError, the part's images are tried one by one: one image that the model cannot
-            bear does not cost the others.
+        score: Returns [B, columns] of a part [B, C, H, W] in [-1, 1] and its conditions. Where it
+            raises NonFiniteError, the part's images are tried one by one: one image that the model
+            cannot bear does not cost the others.
         names: Name of each image; by default the folder's, of a tensor its number.
+        condition: Returns what images number ``start`` to ``stop`` are conditioned on, [B, ...]; by
+            default the model's own condition stays.
 
     Raises:
         InputError: If no image can be scored.
@@ -66,7 +69,8 @@ def score_images(
         part = (
             images[first:last] if isinstance(images, Tensor) else images.read(first, last) * 2 - 1
         )
-        lines = _bear(score, part, len(columns)).tolist()
+        given = None if condition is None else condition(first, last)
+        lines = _bear(score, part, given, len(columns)).tolist()
         rows.append([first + n, names[first + n], *line] for n, line in enumerate(lines))
         job.report(Path(table).stem, last, count)
     done = rows.rows()
@@ -85,10 +89,20 @@ def score_images(
     )
 
 
-def _bear(score: Callable[[Tensor], Tensor], part: Tensor, columns: int) -> Tensor:
+def _bear(
+    score: Callable[[Tensor, Tensor | None], Tensor],
+    part: Tensor,
+    given: Tensor | None,
+    columns: int,
+) -> Tensor:
     try:
-        return score(part).double()
+        return score(part, given).double()
     except NonFiniteError:
         if len(part) == 1:
             return torch.full((1, columns), math.nan, dtype=torch.float64)
-        return torch.cat([_bear(score, image[None], columns) for image in part])
+        return torch.cat(
+            [
+                _bear(score, part[n : n + 1], None if given is None else given[n : n + 1], columns)
+                for n in range(len(part))
+            ]
+        )

@@ -137,7 +137,15 @@ def _train(job: Job, options: TrainOptions, data: PlantedData) -> dict[str, Any]
     torch.manual_seed(options.seed)
     width = options.width or _WIDTHS[options.model]
     network, schedule = build_denoiser(options.model, data.shape, width), NoiseSchedule.linear()
-    module = DenoiserTraining(network, data.shape, schedule, options.lr, options.ema, options.seed)
+    module = DenoiserTraining(
+        network,
+        data.shape,
+        schedule,
+        options.lr,
+        options.lr_end,
+        options.ema,
+        options.seed,
+    )
     loader = make_loader(data.train, options.batch_size, shuffle_seed=options.seed)
     epochs = max(1, round(options.steps / len(loader)))
     every = max(1, epochs // options.looks) if options.looks else epochs

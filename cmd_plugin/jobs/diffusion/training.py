@@ -28,8 +28,8 @@ class DenoiserTraining(pl.LightningModule):
         network: From :func:`cmd_plugin.diffusion.build_denoiser`.
         shape: Shape of an image.
         schedule: A schedule of steps.
-        lr: Highest learning rate: reached after 200 steps (at most a tenth), then cosine to a
-            tenth.
+        lr: Highest learning rate: reached after 200 steps (at most a tenth), then cosine.
+        lr_end: Share of it that is left at the end.
         ema: Decay of the averaged weights, lower in the first steps.
         seed: Seed of times, noise and dropout.
 
@@ -43,6 +43,7 @@ class DenoiserTraining(pl.LightningModule):
         shape: Sequence[int],
         schedule: NoiseSchedule,
         lr: float,
+        lr_end: float,
         ema: float,
         seed: int,
     ) -> None:
@@ -51,7 +52,7 @@ class DenoiserTraining(pl.LightningModule):
         self.network = network
         self.averaged = copy.deepcopy(network).requires_grad_(False)
         self.image_shape, self.schedule = tuple(shape), schedule
-        self.lr, self.ema, self.seed = lr, ema, seed
+        self.lr, self.lr_end, self.ema, self.seed = lr, lr_end, ema, seed
         self.register_buffer("kept", schedule.alphas_cumprod.float(), persistent=False)
 
     def score_model(self) -> ScoreModel:
@@ -97,7 +98,7 @@ class DenoiserTraining(pl.LightningModule):
             if step < warm:
                 return (step + 1) / warm
             share = min((step - warm) / max(total - warm, 1), 1.0)
-            return 0.1 + 0.45 * (1.0 + math.cos(math.pi * share))
+            return self.lr_end + (1.0 - self.lr_end) * 0.5 * (1.0 + math.cos(math.pi * share))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,21 @@ from cmd_plugin.cli.show_diffusion import show_calibrate, show_detect
 from cmd_plugin.diffusion import (
     ManifoldBiasDetector,
     NoiseSchedule,
+    PixelCodec,
     RealReference,
+    ScoreModel,
     TrainedDenoiser,
     build_denoiser,
+    content_statistics,
     match_histogram,
+    match_levels,
     redeliver,
     verdicts,
 )
 from cmd_plugin.errors import InputError, StateMismatch
+from cmd_plugin.jobs.diffusion import detect as job
 from cmd_plugin.jobs.diffusion.detect import calibrate, detect
-from cmd_plugin.jobs.diffusion.model import load_model
+from cmd_plugin.jobs.diffusion.model import LoadedModel, load_model, read_captions
 from cmd_plugin.jobs.diffusion.options import CalibrateOptions, DetectOptions
 from cmd_plugin.runs.separation import auroc
 
@@ -117,11 +123,23 @@ def test_kinds_in_folders_are_compared_as_they_are_and_matched(
     detector = ManifoldBiasDetector(load_model(trained).model, t=100, directions=4)
     low = detector.terms(real * 2 - 1).scores()
     raw = detector.terms(pale * 2 - 1).scores()
-    matched = detector.terms(match_histogram(pale, real) * 2 - 1).scores()
-    for name, scores in (("raw", raw), ("matched", matched)):
+    rounded, matched = match_levels(pale, real), match_histogram(pale, real)
+    groups = {
+        "raw": raw | content_statistics(pale * 2 - 1),
+        "quantised": detector.terms(rounded * 2 - 1).scores() | content_statistics(rounded * 2 - 1),
+        "matched": detector.terms(matched * 2 - 1).scores() | content_statistics(matched * 2 - 1),
+    }
+    low |= content_statistics(real * 2 - 1)
+    assert found.keys() == groups.keys()
+    for name, scores in groups.items():
+        assert found[name].keys() == scores.keys()
         for statistic, values in scores.items():
             expected = auroc(low[statistic], values)
             assert found[name][statistic]["auroc"] == pytest.approx(expected, abs=0.02)
+    assert found["raw"]["total_variation"]["auroc"] < 0.1  # pale, and nothing else
+    assert result.metrics["control"].keys() == low.keys()
+    assert all(0.0 <= value <= 1.0 for value in result.metrics["control"].values())
+    assert (tmp_path / "out/roc.png").is_file()
     assert any("too few" in line for line in result.metrics["warnings"])
     show_detect(result)
     assert "pale above real" in capsys.readouterr().out
@@ -152,3 +170,60 @@ def test_a_reference_of_other_settings_is_refused(
         CalibrateOptions(images=(folder,))
     with pytest.raises(InputError, match="one folder"):
         CalibrateOptions(images=(folder, folder), model=trained)
+
+
+def prompted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the jobs find a model whose estimate is its prompt's first number."""
+    schedule = NoiseSchedule.linear()
+
+    def predict(y: Tensor, _: Tensor, condition: Tensor | None) -> Tensor:
+        assert condition is not None
+        return y * condition.reshape(-1, 1, 1, 1)
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([[[float(prompt)]] for prompt in prompts])
+
+    one = encode(["1"])
+    model = ScoreModel(predict, schedule, SHAPE, unconditional=one, condition=one)
+    loaded = LoadedModel(model, PixelCodec(), SHAPE, None, encode)
+    monkeypatch.setattr(job, "load_model", lambda *_: loaded)
+
+
+def test_each_image_is_asked_about_with_its_own_caption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompted(monkeypatch)
+    images = pictures(tmp_path / "in", levels(1, 0).expand(20, -1, -1, -1))
+    names = [f"{number:03d}.png" for number in range(20)]
+    captions = tmp_path / "captions.csv"
+    lines = [f"{name},{1 + number % 2}" for number, name in enumerate(names)]
+    captions.write_text("name,caption\n" + "\n".join(lines) + "\n")
+    asked = {"images": (images,), "model": tmp_path, "captions": captions, **QUICK}
+    calibrate(CalibrateOptions(**asked), tmp_path / "c")
+    with (tmp_path / "c/scores.csv").open() as stream:
+        gradients = [float(row["gradient"]) for row in csv.DictReader(stream)]
+    # The same picture twenty times: of twice the estimate, twice the length.
+    assert gradients[1::2] == pytest.approx([2 * value for value in gradients[::2]])
+    result = detect(DetectOptions(**asked, reference=tmp_path / "c"), tmp_path / "d")
+    assert len(result.metrics["verdicts"]) == 20
+    plain = {**asked, "captions": None}
+    with pytest.raises(StateMismatch, match="captions given, these with none"):
+        detect(DetectOptions(**plain, reference=tmp_path / "c"), tmp_path / "e")
+
+
+def test_captions_that_do_not_fit_are_refused(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "captions.csv"
+    for text, message in (
+        ("a.png,one\n", "no caption of 1 images, first b.png"),
+        ("a.png,one, two\n", "row 1 .* has 3 columns"),
+        (b"\xff\xfe", "cannot be read"),
+    ):
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(InputError, match=message):
+            read_captions(file, ["a.png", "b.png"])
+    with pytest.raises(InputError, match="cannot be read"):
+        read_captions(tmp_path / "nowhere.csv", [])
+    images = pictures(tmp_path / "in", levels(3, 0))
+    options = CalibrateOptions(images=(images,), model=trained, captions=file, **QUICK)
+    with pytest.raises(InputError, match="takes no prompts"):
+        calibrate(options, tmp_path / "c")

@@ -29,6 +29,7 @@ from cmd_plugin.jobs.diffusion import memorization
 from cmd_plugin.jobs.diffusion.memorization import run
 from cmd_plugin.jobs.diffusion.model import LoadedModel, load_model
 from cmd_plugin.jobs.diffusion.options import MemorizationOptions
+from cmd_plugin.runs.separation import auroc, chance_band
 
 SHAPE = (1, 8, 8)
 QUICK: dict[str, Any] = {"directions": 4, "threads": 1, "time": (50.0, 200.0)}
@@ -59,7 +60,7 @@ def pictures(folder: Path, images: Tensor, kind: str = "png") -> Path:
 
 
 def test_probes_are_told_by_dose(trained: Path, tmp_path: Path) -> None:
-    result = run(MemorizationOptions(model=trained, **QUICK), tmp_path / "out")
+    result = run(MemorizationOptions(model=trained, samples=12, **QUICK), tmp_path / "out")
     loaded = load_model(trained)
     assert loaded.probes is not None
     score = MemorizationScore(loaded.model, (50, 200), directions=4)
@@ -72,6 +73,22 @@ def test_probes_are_told_by_dose(trained: Path, tmp_path: Path) -> None:
             assert later == pytest.approx(expected[name][int(dose)][1], abs=5e-3)
     assert result.metrics["t"] == [50.0, 200.0]
     assert result.metrics["directions"] == 4
+    assert set(result.metrics["pairs"]) == {
+        "samples above held_out",
+        "members above held_out",
+        "members above samples",
+    }
+    assert result.data["samples"] == 12
+    made = score(loaded.sample(12, 0))
+    overall = {"held_out": held_out, "samples": made, "members": members}
+    for pair, found in result.metrics["pairs"].items():
+        high, low = (overall[group] for group in pair.split(" above "))
+        band = chance_band(len(low), len(high))
+        for name, value in found.items():
+            wanted = auroc(low.evidence(name)[:, 0], high.evidence(name)[:, 0])
+            assert value == pytest.approx(wanted, abs=5e-3)
+            assert (name in result.metrics["alike"][pair]) == (abs(value - 0.5) <= band)
+    assert (tmp_path / "out/roc.png").is_file()
     error = float(members.standard_error["p1"][:, 0].mean())
     assert result.metrics["standard_error"]["p1"] == pytest.approx(error, rel=1e-3)
     show_memorization(result)
@@ -109,7 +126,7 @@ def exact(monkeypatch: pytest.MonkeyPatch, known: Tensor) -> None:
     """Let the job find a model that knows these images by heart."""
     model = ScoreModel.from_data(known, NoiseSchedule.linear())
     loaded = LoadedModel(model, PixelCodec(), SHAPE, None)
-    monkeypatch.setattr(memorization, "load_model", lambda _: loaded)
+    monkeypatch.setattr(memorization, "load_model", lambda *_: loaded)
 
 
 def test_suspects_that_were_trained_on_have_a_small_p_value(
@@ -161,7 +178,7 @@ def test_one_image_the_model_cannot_bear_does_not_cost_the_others(
 
     model = ScoreModel(predict, NoiseSchedule.linear(), SHAPE)
     loaded = LoadedModel(model, PixelCodec(), SHAPE, None)
-    monkeypatch.setattr(memorization, "load_model", lambda _: loaded)
+    monkeypatch.setattr(memorization, "load_model", lambda *_: loaded)
     folder = pictures(tmp_path / "in", images)
     result = run(MemorizationOptions(images=(folder,), model=tmp_path, **QUICK), tmp_path / "out")
     assert result.metrics["left_out"] == ["002.png NaN or infinite values of the model"]

@@ -1,0 +1,56 @@
+"""Rows of results that many processes measure, one by one, and one file keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["measure_missing", "read_rows"]
+
+Row = dict[str, Any]
+
+
+def read_rows(*paths: Path) -> list[Row]:
+    """Return the rows of files in turn; of an experiment and seed the first that there is."""
+    found: dict[tuple[str, int], Row] = {}
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            row = json.loads(line)
+            found.setdefault((row["experiment"], row["seed"]), row)
+    return list(found.values())
+
+
+def measure_missing(
+    out: Path,
+    wanted: Iterable[tuple[str, int]],
+    measure: Callable[[str, int], Row],
+    merge: Iterable[Path] = (),
+) -> list[Row]:
+    """Measure what a file has no row of, and write each row as soon as it is there.
+
+    Args:
+        out: The file.
+        wanted: Experiments and seeds.
+        measure: Returns the row of one.
+        merge: Files of other processes, whose rows are taken over first.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(out)
+    known = {(row["experiment"], row["seed"]) for row in rows}
+    with out.open("a", encoding="utf-8") as stream:
+
+        def keep(row: Row) -> None:
+            rows.append(row)
+            known.add((row["experiment"], row["seed"]))
+            stream.write(json.dumps(row, allow_nan=False) + "\n")
+            stream.flush()
+
+        for row in read_rows(*merge):
+            if (row["experiment"], row["seed"]) not in known:
+                keep(row)
+        for experiment, seed in wanted:
+            if (experiment, seed) not in known:
+                keep(measure(experiment, seed))
+    return rows
