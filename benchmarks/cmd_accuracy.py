@@ -53,6 +53,7 @@ NORMS = ("batchnorm", "groupnorm")
 SCHEDULES = ("constant", "cosine", "schedule-free")
 STATISTICS = {"batchnorm": ("running", "recalibrated", "batch"), "groupnorm": ("none",)}
 
+TEST_BATCH = 128
 # The authors advise 10 to 50 times the rate of plain SGD, and a warm-up.
 SCHEDULE_FREE = {"schedule-free x10": 10.0, "schedule-free x50": 50.0}
 SCHEDULE_FREE_WARMUP = 0.05  # of the steps
@@ -85,7 +86,7 @@ def build(setting: Setting, problem: Problem, seed: int) -> nn.Module:
         for name, module in list(model.named_children()):
             if isinstance(module, nn.BatchNorm2d):
                 setattr(model, name, nn.GroupNorm(4, module.num_features))
-    return model
+    return model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
 
 def train(
@@ -142,7 +143,7 @@ def evaluate(model: nn.Module, problem: Problem, kinds: Sequence[str]) -> list[S
             recalibrated(model, training) if kind == "recalibrated" else nullcontext(),
         ):
             model.train(kind == "batch")
-            accuracy, loss = score(model, batches(problem.test, 128 if kind == "batch" else 512))
+            accuracy, loss = score(model, batches(problem.test, TEST_BATCH))
         found.append([round(accuracy, 4), round(loss, 4) if isfinite(loss) else None])
     return found
 
