@@ -6,7 +6,7 @@ seeds plus or minus Student's t times the standard error, 95 % for each comparis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
@@ -58,6 +58,12 @@ class Column:
     case: dict[str, Any]
     accuracy: dict[str, list[float]]
     loss: dict[str, list[float | None]]
+
+    @property
+    def title(self) -> str:
+        """Normalisation and statistics in words."""
+        batchnorm = f"BatchNorm, {self.kind} statistics"
+        return "GroupNorm" if self.norm == "groupnorm" else batchnorm
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> list[Column]:
@@ -190,27 +196,24 @@ def verdicts(chosen: Sequence[Column]) -> list[Verdict]:
                 sum(mean + half < 0 for mean, half in gains),
                 fmean(means),
                 min(means),
-                f"{lowest.data}, {lowest.schedule}",
+                f"{lowest.data}, {lowest.schedule}, {lowest.title}",
                 len(gains),
             )
         )
     return sorted(found, key=lambda v: (v.worse, -v.worst))
 
 
-def _blocks(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Column]]]:
-    """Yield a title and its columns: one block for each kind of statistics."""
+def _blocks(found: Sequence[Column]) -> dict[str, list[Column]]:
+    """Gather the columns of each kind of statistics."""
     groups: dict[str, list[Column]] = {}
-    for column in columns(rows):
-        title = (
-            "GroupNorm" if column.norm == "groupnorm" else f"BatchNorm, {column.kind} statistics"
-        )
-        groups.setdefault(title, []).append(column)
-    yield from groups.items()
+    for column in found:
+        groups.setdefault(column.title, []).append(column)
+    return groups
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print a table for each column: accuracy, loss and the paired difference to raw weights."""
-    for title, block in _blocks(rows):
+    for title, block in _blocks(columns(rows)).items():
         for column in block:
             case, seeds = column.case["case"], len(column.accuracy["raw"])
             table = Table(
@@ -233,9 +236,9 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the tables of the docs: families, single settings, and all methods, for each block."""
-    lines = []
-    for title, block in _blocks(rows):
+    """Return the tables of the docs: families, single settings, and all methods."""
+    lines, every = [], []
+    for title, block in _blocks(columns(rows)).items():
         heads = [f"{c.data}, {c.schedule}" for c in block]
         families = [by_family(c) for c in block]
         lines += [f"## {title}", "", *_head("weights", heads)]
@@ -244,17 +247,22 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             if kind != "raw":
                 cells = [_gain(f[kind], f["raw"]) if kind in f else "" for f in families]
                 lines.append(_line(kind, cells))
-        lines += ["", *_head("one setting for all", ["better", "worse", "mean", "worst", "where"])]
-        for v in verdicts(block):
-            counts = [f"{v.better} of {v.columns}", f"{v.worse} of {v.columns}"]
-            lines.append(_line(v.name, [*counts, f"{v.mean:+.1f}", f"{v.worst:+.1f}", v.where]))
-        lines += ["", *_head("weights", heads)]
-        lines += [
+        lines.append("")
+        every += [f"## All methods: {title}", "", *_head("weights", heads)]
+        every += [
             _line(name, [_level(c.accuracy[name]) if name in c.accuracy else "" for c in block])
             for name in block[0].accuracy
         ]
-        lines.append("")
-    return "\n".join(lines)
+        every.append("")
+    # Statistics of the test batch say nearly the same as recalibrated ones, and running ones are
+    # those of other weights.
+    chosen = [c for c in columns(rows) if c.kind in ("recalibrated", "none")]
+    lines += ["## One setting for all", ""]
+    lines += _head("weights", ["better", "worse", "mean gain", "worst gain", "where"])
+    for v in verdicts(chosen):
+        counts = [f"{v.better} of {v.columns}", f"{v.worse} of {v.columns}"]
+        lines.append(_line(v.name, [*counts, f"{v.mean:+.1f}", f"{v.worst:+.1f}", v.where]))
+    return "\n".join([*lines, "", *every])
 
 
 def _head(first: str, others: Sequence[str]) -> list[str]:
