@@ -1,14 +1,19 @@
-"""Do modelled weights generalise better? CMD beside EMA, SWA and P-BFGS on the same training runs.
+"""Which weights of a training run should be kept? CMD beside every average of weights we know.
 
-    python -m benchmarks.cmd_accuracy --quick                       # digits, 1 seed, a minute
-    python -m benchmarks.cmd_accuracy --data-root DATA              # all of it, about two hours on
-    one core
+    python -m benchmarks.cmd_accuracy --quick                     # digits, 1 seed, a minute
+    python -m benchmarks.cmd_accuracy --data-root DATA            # all of it, half an hour
+    python -m benchmarks.cmd_accuracy --only 'mnist-*' --seed 3   # a part, for one process of many
+    python -m benchmarks.cmd_accuracy --merge A.jsonl B.jsonl     # their rows into the result file
 
-Every averaging method watches the *same* SGD run and is evaluated on the same test set after the
-last epoch, so differences between
-columns are not differences between runs. Rows are appended to ``results/cmd_accuracy.jsonl`` as
-runs finish; a run that is there is
-not repeated.
+One run is kept whole, with the weights after every step; all methods are computed from it and
+evaluated on the same test set, so that differences between them are not differences between runs.
+Only schedule-free SGD trains for itself, from the same start on the same batches. A network with
+BatchNorm is evaluated three times: with *running* statistics that are averaged or modelled like
+weights, with statistics *recalibrated* on the training images, and with those of the test *batch*
+(128 mixed images, as in the paper). One with GroupNorm has none.
+
+Rows are appended to ``results/cmd_accuracy.jsonl`` as runs finish; one that is there is not
+repeated.
 """
 
 from __future__ import annotations
@@ -18,243 +23,250 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from math import isfinite
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import parameters_to_vector
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from benchmarks.accuracy_tables import markdown, show
+from benchmarks.kept_weights import Run, modelled, rivals
 from benchmarks.machine import RESULTS, describe_machine
+from benchmarks.small_problems import CASES, QUICK, Case, Problem, batches, load, score
 from benchmarks.subspace import train_in_subspace
-from cmd_plugin.data import load_dataset
-from cmd_plugin.modes import OnlineModes
-from cmd_plugin.networks import SmallConvNet, evaluate, recalibrated
+from cmd_plugin.errors import require
+from cmd_plugin.modes import Layout
+from cmd_plugin.modes.layout import find_weights
+from cmd_plugin.networks import SmallConvNet, kept_buffers, recalibrated
 
-EMA_PER_STEP = (0.9, 0.99, 0.999)
-EMA_PER_EPOCH = 0.9
-TEST_LIMIT = 2000
-SWA_SHARE = 0.25  # of the epochs, the last ones
+NORMS = ("batchnorm", "groupnorm")
+SCHEDULES = ("constant", "cosine", "schedule-free")
+STATISTICS = {"batchnorm": ("running", "recalibrated", "batch"), "groupnorm": ("none",)}
 
-# Options of OnlineModes under test; the paper's method is the one without any.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "cmd M=2": {"modes": 2},
-    "cmd M=5": {"modes": 5},
-    "cmd M=10": {"modes": 10},
-    "cmd M=10 shrink": {"modes": 10, "shrink": True},
-    "cmd M=10 mean": {"modes": 10, "profile": "mean"},
-    "cmd M=10 mean shrink": {"modes": 10, "profile": "mean", "shrink": True},
-    "cmd M=10 forget .9": {"modes": 10, "forgetting": 0.9},
-    "cmd M=10 keep BN": {"modes": 10, "buffers": "keep"},
-    "cmd M=2 recal.": {"modes": 2, "buffers": "recalibrate"},
-    "cmd M=10 recal.": {"modes": 10, "buffers": "recalibrate"},
-    "cmd M=10 shrink recal.": {"modes": 10, "shrink": True, "buffers": "recalibrate"},
-    "cmd M=10 mean recal.": {"modes": 10, "profile": "mean", "buffers": "recalibrate"},
-}
+TEST_BATCH = 128
+# The authors advise 10 to 50 times the rate of plain SGD, and a warm-up.
+SCHEDULE_FREE = {"schedule-free x10": 10.0, "schedule-free x50": 50.0}
+SCHEDULE_FREE_WARMUP = 0.05  # of the steps
 
 
 @dataclass(frozen=True)
-class Case:
-    """One training problem."""
+class Setting:
+    """A training problem, the network's normalisation, and how the rate goes."""
 
-    data: str
-    train_limit: int | None
-    label_noise: float
-    epochs: int
-    warmup: int
-    batch_size: int
-    rate: float
-    width: int
+    case: Case
+    norm: str
+    schedule: str
 
-
-CASES = (
-    Case("digits", None, 0.2, 60, 20, 64, 0.05, 16),
-    Case("mnist", 1000, 0.2, 40, 13, 64, 0.05, 8),
-    Case("cifar10", 2000, 0.0, 40, 13, 64, 0.05, 8),
-)
-QUICK = (Case("digits", None, 0.2, 30, 10, 64, 0.05, 16),)
-SCHEDULES = ("constant", "cosine")
+    @property
+    def name(self) -> str:
+        """What ``--only`` selects by."""
+        return f"{self.case.data}-{self.norm}-{self.schedule}"
 
 
-def whole(dataset: Any) -> tuple[Tensor, Tensor]:
-    """Return all images and labels of a data set as two tensors."""
-    images, labels = dataset.__getitems__(range(len(dataset)))
-    return images, labels
+_load = lru_cache(maxsize=1)(load)
+
+Scored = list[float | None] | None
 
 
-def batches(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches in order."""
-    yield from zip(images.split(size), labels.split(size), strict=True)
-
-
-def train_once(
-    case: Case, schedule: str, seed: int, data_root: str | None, advance: Any
-) -> dict[str, Any]:
-    """Train one network with every method watching, and evaluate them all after the last epoch."""
-    data = load_dataset(
-        case.data,
-        data_root=data_root,
-        label_noise=case.label_noise,
-        train_limit=case.train_limit,
-        seed=seed,
-    )
-    images, labels = whole(data.train)
-    # Image folders come sorted by class, and a batch of one class has no representative statistics.
-    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    images, labels = images[mixed], labels[mixed]
-    images_left, labels_left = whole(data.test)
-    # One fixed random part of a large test set: 25 variants are evaluated on it in every run.
-    part = torch.randperm(len(labels_left), generator=torch.Generator().manual_seed(0))[:TEST_LIMIT]
-    test = images_left[part], labels_left[part]
+def build(setting: Setting, problem: Problem, seed: int) -> nn.Module:
+    """Return the untrained network, with the same weights for either normalisation."""
     torch.manual_seed(seed)
-    model = SmallConvNet(data.channels, len(data.classes), case.width)
-    optimizer = torch.optim.SGD(model.parameters(), lr=case.rate, momentum=0.9)
-    steps = case.epochs * -(-len(labels) // case.batch_size)
-    scheduler = (
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        if schedule == "cosine"
-        else torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    )
-    averages = {
-        f"ema step {decay}": AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-        )
-        for decay in EMA_PER_STEP
-    }
-    per_epoch = AveragedModel(
-        model, multi_avg_fn=get_ema_multi_avg_fn(EMA_PER_EPOCH), use_buffers=True
-    )
-    swa = AveragedModel(model, use_buffers=True)
-    observers = {
-        name: OnlineModes(model, warmup=case.warmup, seed=seed, **{"buffers": "model", **options})
-        for name, options in VARIANTS.items()
-    }
-    snapshots: list[Tensor] = []
-    seconds = 0.0
+    model = SmallConvNet(problem.channels, problem.classes, setting.case.width)
+    if setting.norm == "groupnorm":
+        for name, module in list(model.named_children()):
+            if isinstance(module, nn.BatchNorm2d):
+                setattr(model, name, nn.GroupNorm(4, module.num_features))
+    return model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+
+
+def train(
+    model: nn.Module,
+    problem: Problem,
+    case: Case,
+    seed: int,
+    step: Callable[[], None],
+    advance: Callable[[], None],
+) -> Run:
+    """Train with batches in an order that depends on the seed alone, and keep all weights.
+
+    Args:
+        model: The network, trained in place.
+        problem: The images.
+        case: Epochs and batch size.
+        seed: Of the order.
+        step: What follows a backward pass.
+        advance: Called after each epoch.
+    """
+    layout = Layout.of_model(model)
+    tensors = list(find_weights(layout, model, "the model").values())
     order = torch.Generator().manual_seed(seed)
-    for epoch in range(case.epochs):
-        started = time.perf_counter()
-        model.train()
-        for index in torch.randperm(len(labels), generator=order).split(case.batch_size):
-            optimizer.zero_grad(set_to_none=True)
-            cross_entropy(model(images[index]), labels[index]).backward()
-            optimizer.step()
-            scheduler.step()
-            seconds -= time.perf_counter()
-            for average in averages.values():
-                average.update_parameters(model)
-            seconds += time.perf_counter()
-        seconds += time.perf_counter() - started
-        per_epoch.update_parameters(model)
-        if epoch >= case.epochs * (1 - SWA_SHARE):
-            swa.update_parameters(model)
-        for observer in observers.values():
-            observer.update()
-        if epoch <= case.warmup:
-            snapshots.append(parameters_to_vector(model.parameters()).detach().clone())
-        advance()
-
-    training_batches = list(batches(images, labels, 512))
-    averages |= {f"ema epoch {EMA_PER_EPOCH}": per_epoch, "swa": swa}
-    watched = {"raw": model, **{name: average.module for name, average in averages.items()}}
-    scores = {}
-    for name, network in watched.items():
-        scores[name] = evaluate(network, batches(*test, 512))
-        # BatchNorm's statistics re-estimated for the final weights: what CMD's "recalibrate" row
-        # has to be compared with.
-        with recalibrated(network, training_batches):
-            scores[f"{name} recal."] = evaluate(network, batches(*test, 512))
-    for name, observer in observers.items():
-        with observer.swap(recalibrate=training_batches):
-            scores[name] = evaluate(model, batches(*test, 512))
+    count = len(problem.labels)
+    weights = torch.empty(case.epochs * -(-count // case.batch_size), layout.numel)
+    rows = iter(weights)
     started = time.perf_counter()
+    model.train()
+    for _ in range(case.epochs):
+        for index in torch.randperm(count, generator=order).split(case.batch_size):
+            model.zero_grad(set_to_none=True)
+            cross_entropy(model(problem.images[index]), problem.labels[index]).backward()
+            step()
+            torch.cat([tensor.detach().flatten() for tensor in tensors], out=next(rows))
+        advance()
+    per_epoch = len(weights) // case.epochs
+    ends = torch.arange(per_epoch - 1, len(weights), per_epoch)
+    return Run(model, layout, weights, ends, time.perf_counter() - started)
+
+
+def evaluate(model: nn.Module, problem: Problem, kinds: Sequence[str]) -> list[Scored]:
+    """Return [accuracy, loss] for each kind of statistics; the model's own are left as they are.
+
+    Args:
+        model: The network, with the weights to evaluate.
+        problem: Held-out images, and training images to recalibrate on.
+        kinds: Of ``STATISTICS``.
+    """
+    training = list(batches((problem.images, problem.labels), 512))
+    found: list[Scored] = []
+    for kind in kinds:
+        with (
+            kept_buffers(list(model.modules())),
+            recalibrated(model, training) if kind == "recalibrated" else nullcontext(),
+        ):
+            model.train(kind == "batch")
+            accuracy, loss = score(model, batches(problem.test, TEST_BATCH))
+        found.append([round(accuracy, 4), round(loss, 4) if isfinite(loss) else None])
+    return found
+
+
+def without_running(model: nn.Module, problem: Problem, kinds: Sequence[str]) -> list[Scored]:
+    """Return the same for a network whose running statistics are not those of its weights."""
+    found = iter(evaluate(model, problem, [kind for kind in kinds if kind != "running"]))
+    return [None if kind == "running" else next(found) for kind in kinds]
+
+
+def compare(
+    setting: Setting, seed: int, data_root: str | None, advance: Callable[[], None]
+) -> dict[str, Any]:
+    """Train once and evaluate every way to choose weights of that run."""
+    case, kinds = setting.case, STATISTICS[setting.norm]
+    problem = _load(case, seed, data_root)
+    model = build(setting, problem, seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=case.rate, momentum=0.9)
+    steps = case.epochs * -(-len(problem.labels) // case.batch_size)
+    scheduler = CosineAnnealingLR(optimizer, steps) if setting.schedule == "cosine" else None
+
+    def step() -> None:
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+    run = train(model, problem, case, seed, step, advance)
+    scores = {"raw": evaluate(model, problem, kinds)}
+    tensors = find_weights(run.layout, model, "the model")
+
+    def show_weights(weights: Tensor) -> nn.Module:
+        for variance in run.layout.variances():
+            weights[variance].clamp_(min=0.0)
+        for key, value in run.layout.split(weights).items():
+            tensors[key].detach().copy_(value)
+        return model
+
+    for name, weights in rivals(run):
+        scores[name] = evaluate(show_weights(weights), problem, kinds)
+    found, states = modelled(run, case, seed, statistics=False)
+    for name, weights in found.items():
+        scores[name] = without_running(show_weights(weights), problem, kinds)
+    if "running" in kinds:
+        for name, weights in modelled(run, case, seed, statistics=True)[0].items():
+            scores[name][:1] = evaluate(show_weights(weights), problem, kinds[:1])
     low = copy.deepcopy(model)
-    train_in_subspace(low, torch.stack(snapshots), images, labels, case.epochs - case.warmup - 1)
-    update_bn(training_batches, low)
-    scores["p-bfgs recal."] = evaluate(low, batches(*test, 512))
-    paper = observers["cmd M=10"]
+    early = run.weights[run.ends[: case.warmup + 1]][:, run.parameters]
+    left = case.epochs - case.warmup - 1
+    train_in_subspace(low, early, problem.images, problem.labels, left)
+    scores["p-bfgs"] = without_running(low, problem, kinds)
     return {
-        "case": asdict(case),
-        "data": data.name,
-        "schedule": schedule,
-        "seed": seed,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "train_images": len(labels),
-        "test_images": len(test[1]),
-        "accuracy": {name: score.accuracy for name, score in scores.items()},
-        "loss": {name: score.loss for name, score in scores.items()},
-        "explained_variance": {n: o.explained_variance() for n, o in observers.items()},
-        "state_bytes_per_parameter": paper.state_bytes / paper.numel,
-        "train_seconds": round(seconds, 1),
-        "subspace_seconds": round(time.perf_counter() - started, 1),
+        "scores": scores,
+        "explained_variance": {n: round(s.explained_variance(), 4) for n, s in states.items()},
+        "train_seconds": round(run.seconds, 1),
     }
 
 
-def summarise(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print a table for each case and schedule: mean, spread, wins over the best EMA and SWA."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["data"], row["schedule"]), []).append(row)
-    for (data, schedule), group in groups.items():
-        case = group[0]["case"]
-        names = list(group[0]["accuracy"])
-        accuracy = {n: [100 * row["accuracy"][n] for row in group] for n in names}
-        best_ema = max((n for n in names if n.startswith("ema")), key=lambda n: mean(accuracy[n]))
-        table = Table(
-            title=f"{data}, {group[0]['train_images']} training images, label noise "
-            f"{case['label_noise']:g}, {schedule} learning rate, {case['epochs']} epochs, "
-            f"{len(group)} seeds"
+def train_schedule_free(
+    setting: Setting, seed: int, data_root: str | None, advance: Callable[[], None]
+) -> dict[str, Any]:
+    """Train by schedule-free SGD (Defazio et al., 2024) at each rate, and evaluate its average."""
+    optimizers = require("schedulefree", "test")
+    case = setting.case
+    problem = _load(case, seed, data_root)
+    scores, seconds = {}, 0.0
+    for name, factor in SCHEDULE_FREE.items():
+        model = build(setting, problem, seed)
+        steps = case.epochs * -(-len(problem.labels) // case.batch_size)
+        optimizer = optimizers.SGDScheduleFree(
+            model.parameters(),
+            lr=factor * case.rate,
+            warmup_steps=int(SCHEDULE_FREE_WARMUP * steps),
         )
-        for column in (
-            "method",
-            "accuracy %",
-            "loss",
-            "against raw",
-            f"against {best_ema}",
-            "against swa",
-        ):
-            table.add_column(column, justify="left" if column == "method" else "right")
-        for name in names:
-            spread = f" +/- {stdev(accuracy[name]):.2f}" if len(group) > 1 else ""
-            label = f"{name} (best EMA, chosen on this test set)" if name == best_ema else name
-            table.add_row(
-                label,
-                f"{mean(accuracy[name]):.2f}{spread}",
-                f"{mean(row['loss'][name] for row in group):.3f}",
-                *(_versus(accuracy[name], accuracy[other]) for other in ("raw", best_ema, "swa")),
-            )
-        console.print(table)
+        optimizer.train()
+        run = train(model, problem, case, seed, optimizer.step, advance)
+        optimizer.eval()
+        seconds += run.seconds
+        # Running statistics were collected where gradients are taken, not where the average is.
+        scores[name] = without_running(model, problem, STATISTICS[setting.norm])
+    return {"scores": scores, "train_seconds": round(seconds, 1)}
 
 
-def _versus(mine: list[float], theirs: list[float]) -> str:
-    """Mean difference and how many seeds were won, tied and lost."""
-    wins = sum(a > b for a, b in zip(mine, theirs, strict=True))
-    losses = sum(a < b for a, b in zip(mine, theirs, strict=True))
-    return f"{mean(mine) - mean(theirs):+.2f} ({wins}-{len(mine) - wins - losses}-{losses})"
+def measure(
+    setting: Setting, seed: int, data_root: str | None, advance: Callable[[], None]
+) -> dict[str, Any]:
+    """Return one row of the result file."""
+    problem = _load(setting.case, seed, data_root)
+    method = train_schedule_free if setting.schedule == "schedule-free" else compare
+    return {
+        "case": asdict(setting.case),
+        "data": problem.name,
+        "norm": setting.norm,
+        "schedule": setting.schedule,
+        "seed": seed,
+        "parameters": sum(p.numel() for p in build(setting, problem, seed).parameters()),
+        "train_images": len(problem.labels),
+        "test_images": len(problem.test[1]),
+        "statistics": STATISTICS[setting.norm],
+        **method(setting, seed, data_root, advance),
+        "machine": describe_machine(),
+    }
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Return the table of the README: accuracy of each method (rows) in each case (columns)."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(f"{row['data']}, {row['schedule']}", []).append(row)
-    lines = ["| weights | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
-    for name in rows[0]["accuracy"]:
-        cells = []
-        for group in groups.values():
-            values = [100 * row["accuracy"][name] for row in group]
-            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.1f}{spread}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _key(row: dict[str, Any]) -> tuple[str, str, str, int]:
+    return json.dumps(row["case"]), row["norm"], row["schedule"], row["seed"]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def merge(path: Path, parts: list[Path]) -> None:
+    """Write the rows of several files into one, in the order of cases; later files win."""
+    rows = {_key(row): row for part in (path, *parts) for row in _read(part)}
+    first = [case.data for case in CASES]
+    ordered = sorted(
+        rows.values(),
+        key=lambda row: (first.index(row["case"]["data"]), row["norm"], row["schedule"]),
+    )
+    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in ordered)
+    path.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -262,41 +274,50 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="digits only, one seed, 30 epochs")
     parser.add_argument("--data-root", help="folder with MNIST and CIFAR-10")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", default="*", help="settings, as 'digits-batchnorm-*'")
+    parser.add_argument("--seed", type=int, action="append", help="one seed, may be repeated")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=[case.data for case in CASES], help="one data set")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table only")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the docs only")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="take rows over")
     parser.add_argument("--out", type=Path, help="result file; default results/cmd_accuracy.jsonl")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    cases = QUICK if options.quick else CASES
-    cases = tuple(c for c in cases if options.only in (None, c.data))
-    seeds = range(1 if options.quick else options.seeds)
-    path = options.out or (None if options.quick else RESULTS / "cmd_accuracy.jsonl")
-    rows = [json.loads(line) for line in path.open()] if path and path.exists() else []
-    if options.markdown:
+    path = options.out or RESULTS / "cmd_accuracy.jsonl"
+    if options.merge:
+        merge(path, options.merge)
+    rows = [] if options.quick and options.out is None else _read(path)
+    if options.markdown or options.merge:
         Console(soft_wrap=True).print(markdown(rows), highlight=False, markup=False)
         return
-    done = {(json.dumps(row["case"]), row["schedule"], row["seed"]) for row in rows}
-    todo = [
-        (case, schedule, seed)
-        for case in cases
-        for seed in seeds
+    settings = [
+        Setting(case, norm, schedule)
+        for case in (QUICK if options.quick else CASES)
+        for norm in NORMS
         for schedule in SCHEDULES
-        if (json.dumps(asdict(case)), schedule, seed) not in done
+    ]
+    done = {_key(row) for row in rows}
+    todo = [
+        (setting, seed)
+        for seed in options.seed or range(1 if options.quick else 5)
+        for setting in settings
+        if fnmatchcase(setting.name, options.only)
+        and _key({**asdict(setting), "seed": seed}) not in done
     ]
     terminal = Console(stderr=True)
     with Progress(console=terminal, disable=not terminal.is_terminal) as progress:
-        bar = progress.add_task("training", total=sum(case.epochs for case, _, _ in todo))
-        for case, schedule, seed in todo:
-            row = train_once(case, schedule, seed, options.data_root, lambda: progress.advance(bar))
-            row["machine"] = describe_machine()
+        epochs = sum(
+            setting.case.epochs * (len(SCHEDULE_FREE) if setting.schedule == "schedule-free" else 1)
+            for setting, _ in todo
+        )
+        bar = progress.add_task("training", total=epochs)
+        for setting, seed in todo:
+            row = measure(setting, seed, options.data_root, lambda: progress.advance(bar))
             rows.append(row)
-            if path is not None:
+            if not options.quick or options.out is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-    summarise(rows, Console(width=140))
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, separators=(",", ":")) + "\n")
+    show(rows, Console(width=140))
 
 
 if __name__ == "__main__":

@@ -24,13 +24,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from benchmarks.cmd_accuracy import CASES, QUICK, TEST_LIMIT, Case, batches, whole
 from benchmarks.machine import RESULTS, describe_machine
-from cmd_plugin.data import load_dataset
+from benchmarks.small_problems import CASES, QUICK, Case, batches, load
 from cmd_plugin.modes import Embedding, OnlineModes
 from cmd_plugin.networks import SmallConvNet, evaluate, recalibrated
 
@@ -77,31 +75,17 @@ class Freezer:
         )
 
 
-def load(case: Case, seed: int, root: str | None) -> tuple[Any, Tensor, Tensor, Any]:
-    """Return the data set, mixed training images and labels, and the held-out batches."""
-    data = load_dataset(
-        case.data,
-        data_root=root,
-        label_noise=case.label_noise,
-        train_limit=case.train_limit,
-        seed=seed,
-    )
-    images, labels = whole(data.train)
-    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    held_out, answers = whole(data.test)
-    part = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0))[:TEST_LIMIT]
-    return data, images[mixed], labels[mixed], list(batches(held_out[part], answers[part], 512))
-
-
 def train_once(case: Case, name: str, seed: int, root: str | None, advance: Any) -> dict[str, Any]:
     """Train one network and evaluate it after the last epoch."""
-    data, images, labels, test = load(case, seed, root)
+    problem = load(case, seed, root)
+    images, labels = problem.images, problem.labels
+    test = list(batches(problem.test, 512))
     options = dict(TRAININGS[name])
     freeze, buffers = options.pop("freeze", False), options.pop("buffers", "recalibrate")
     project = options.get("project", "epoch")
     embedding = Embedding(**{"every": EVERY, "percent": PERCENT, **options})
     torch.manual_seed(seed)
-    model = SmallConvNet(data.channels, len(data.classes), case.width)
+    model = SmallConvNet(problem.channels, problem.classes, case.width)
     optimizer = torch.optim.SGD(model.parameters(), lr=case.rate, momentum=0.9)
     modes = OnlineModes(
         model,
@@ -140,7 +124,7 @@ def train_once(case: Case, name: str, seed: int, root: str | None, advance: Any)
         own += time.perf_counter() - before
         seconds += time.perf_counter() - started
         advance()
-    training_batches = list(batches(images, labels, 512))
+    training_batches = list(batches((images, labels), 512))
     scores = {"trained": evaluate(model, test)}
     with recalibrated(model, training_batches):
         scores["trained recal."] = evaluate(model, test)
@@ -148,7 +132,7 @@ def train_once(case: Case, name: str, seed: int, root: str | None, advance: Any)
         scores["modelled"] = evaluate(model, test)
     return {
         "case": asdict(case),
-        "data": data.name,
+        "data": problem.name,
         "training": name,
         "options": {"every": EVERY, "percent": PERCENT, "modes": MODES, **TRAININGS[name]},
         "seed": seed,

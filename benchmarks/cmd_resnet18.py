@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models import resnet18
 
 from benchmarks.machine import RESULTS, describe_machine
+from benchmarks.small_problems import batches, score
 from cmd_plugin.data import load_dataset
 from cmd_plugin.modes import OnlineModes
 from cmd_plugin.networks import kept_buffers, recalibrated
@@ -94,32 +94,16 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
-def batches(pair: tuple[Tensor, Tensor], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches in order."""
-    yield from zip(pair[0].split(size), pair[1].split(size), strict=True)
-
-
-@torch.no_grad()
-def score(model: nn.Module, test: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Return (accuracy, loss) in the mode the model is in."""
-    right = loss = torch.zeros((), device=test[1].device)
-    for images, labels in batches(test, _TEST_BATCH):
-        logits = model(images).float()
-        right = right + (logits.argmax(1) == labels).sum()
-        loss = loss + cross_entropy(logits, labels, reduction="sum")
-    return float(right) / len(test[1]), float(loss) / len(test[1])
-
-
 def both_scores(
     model: nn.Module, test: tuple[Tensor, Tensor], training: list[Tensor]
 ) -> dict[str, tuple[float, float]]:
     """Score a network with the statistics of the test batches, and with re-estimated ones."""
     with kept_buffers(list(model.modules())):
         model.train()
-        found = {"batch": score(model, test)}
+        found = {"batch": score(model, batches(test, _TEST_BATCH))}
     with recalibrated(model, training):
         model.eval()
-        found["recalibrated"] = score(model, test)
+        found["recalibrated"] = score(model, batches(test, _TEST_BATCH))
     return found
 
 
