@@ -18,7 +18,12 @@ from torch.utils.data import Dataset, TensorDataset
 
 from cmd_plugin.data import ImageData, load_dataset
 from cmd_plugin.data.splits import stratified_subset
-from cmd_plugin.federated.baselines import APFStrategy, FedPAQStrategy, TopKStrategy
+from cmd_plugin.federated.baselines import (
+    APFStrategy,
+    EDENStrategy,
+    FedPAQStrategy,
+    TopKStrategy,
+)
 from cmd_plugin.federated.client import cmd_mod
 from cmd_plugin.federated.cmd_strategy import CMDStrategy
 from cmd_plugin.federated.partition import partition_indices
@@ -219,6 +224,8 @@ def make_strategy(options: SimulateOptions) -> Strategy:
             warmup=options.warmup,
             samples=options.samples,
             bits=options.bits,
+            coding=options.coding,
+            memory=options.remembers,
             pool=options.pool,
             seed=options.seed,
             max_examples=most,
@@ -234,6 +241,10 @@ def make_strategy(options: SimulateOptions) -> Strategy:
         )
     if options.method == "topk":
         return TopKStrategy(inner, share=options.topk, max_examples=most)
+    if options.method == "eden":
+        return EDENStrategy(
+            inner, bits=options.bits or 2, memory=options.remembers, max_examples=most
+        )
     return FedPAQStrategy(inner, bits=options.bits or 8, max_examples=most)
 
 

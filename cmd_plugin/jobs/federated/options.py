@@ -13,7 +13,7 @@ from cmd_plugin.runs.options import option, option_fields
 
 __all__ = ["METHODS", "SimulateOptions"]
 
-METHODS = ("fedavg", "cmd", "apf", "a-apf", "topk", "fedpaq")
+METHODS = ("fedavg", "cmd", "apf", "a-apf", "topk", "fedpaq", "eden")
 
 _FEDERATION = "Federation"
 _METHOD = "Method"
@@ -64,7 +64,7 @@ class SimulateOptions(ImageOptions):
     )
     weight_decay: float = option(0.0, "Its weight decay.", panel=_FEDERATION, at_least=0)
     method: str = option(
-        "cmd", "fedavg, cmd, apf, a-apf, topk or fedpaq.", panel=_METHOD, choices=METHODS
+        "cmd", "fedavg, cmd, apf, a-apf, topk, fedpaq or eden.", panel=_METHOD, choices=METHODS
     )
     warmup: int = option(
         8,
@@ -124,9 +124,24 @@ class SimulateOptions(ImageOptions):
     )
     bits: int | None = option(
         None,
-        "cmd: 8 or 4 bits a value, both ways; fedpaq: on the way up (8).",
+        "cmd, eden (2): 8, 4, 2 or 1 bits a value, both ways; fedpaq (8): 8 or 4, on the way up.",
         panel=_METHOD,
-        only={"method": ("cmd", "fedpaq")},
+        only={"method": ("cmd", "eden", "fedpaq")},
+    )
+    coding: str = option(
+        "eden",
+        "cmd with bits: eden (differences, rotated at random), or linear (blocks, 8 or 4 bits).",
+        panel=_METHOD,
+        choices=("linear", "eden"),
+        only=_CMD,
+    )
+    memory: bool = option(
+        True,
+        "eden, cmd with bits: clients remember the model they were sent and get what changed; "
+        "otherwise the weights in 8 bits. Has no effect with a fraction below 1.",
+        panel=_METHOD,
+        off="no-memory",
+        only={"method": ("cmd", "eden")},
     )
     topk: float = option(
         0.1,
@@ -170,8 +185,13 @@ class SimulateOptions(ImageOptions):
     def check_together(self) -> None:
         """Refuse what single bounds cannot say."""
         parse_partition(self.partition)
-        if self.bits not in (None, 4, 8):
-            raise InputError(f"--bits must be 4 or 8, got {self.bits}.")
+        rotated = self.method == "eden" or (self.method == "cmd" and self.coding == "eden")
+        allowed = (1, 2, 4, 8) if rotated else (4, 8)
+        if self.bits is not None and self.bits not in allowed:
+            *first, last = allowed
+            raise InputError(
+                f"--bits must be {', '.join(map(str, first))} or {last}, got {self.bits}."
+            )
         if self.method == "cmd" and self.rounds <= self.warmup:
             raise InputError(
                 f"--rounds must be above --warmup ({self.warmup}), got {self.rounds}: modes are "
@@ -182,6 +202,11 @@ class SimulateOptions(ImageOptions):
     def clients_per_round(self) -> int:
         """Number of clients that take part in a round, at least one."""
         return max(1, round(self.fraction * self.clients))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether clients are sent differences: with few in a round, most would be out of date."""
+        return self.memory and self.clients_per_round == self.clients
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> SimulateOptions:
