@@ -189,8 +189,9 @@ def test_one_bit_trains(name: str) -> None:
 @pytest.mark.parametrize("name", MAKE)
 def test_saved_between_two_rounds(name: str) -> None:
     """A strategy that is given its state back, after an event, sends the same bytes."""
-    from cmd_plugin.federated.rounds import run_round
     from flwr.app import ArrayRecord
+
+    from cmd_plugin.federated.rounds import run_round
     from tests.helpers.federated import network
 
     ends = []

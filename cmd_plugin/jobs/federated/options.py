@@ -11,8 +11,9 @@ from cmd_plugin.federated.partition import parse_partition
 from cmd_plugin.jobs.image_options import DATA_PANEL, ImageOptions
 from cmd_plugin.runs.options import option, option_fields
 
-__all__ = ["METHODS", "SimulateOptions"]
+__all__ = ["AGGREGATES", "METHODS", "SimulateOptions"]
 
+AGGREGATES = ("average", "median", "trimmed", "krum")
 METHODS = ("fedavg", "cmd", "apf", "a-apf", "topk", "fedpaq", "eden")
 
 _FEDERATION = "Federation"
@@ -63,6 +64,20 @@ class SimulateOptions(ImageOptions):
         0.0, "Its momentum, from zero each round.", panel=_FEDERATION, at_least=0, below=1
     )
     weight_decay: float = option(0.0, "Its weight decay.", panel=_FEDERATION, at_least=0)
+    aggregate: str = option(
+        "average",
+        "How the server joins updates: average (FedAvg), or against clients that mean harm median, "
+        "trimmed (mean), krum.",
+        panel=_FEDERATION,
+        choices=AGGREGATES,
+    )
+    malicious: int = option(
+        1,
+        "trimmed, krum: clients of a round that may mean harm.",
+        panel=_FEDERATION,
+        at_least=1,
+        only={"aggregate": ("trimmed", "krum")},
+    )
     method: str = option(
         "cmd", "fedavg, cmd, apf, a-apf, topk, fedpaq or eden.", panel=_METHOD, choices=METHODS
     )
@@ -192,6 +207,13 @@ class SimulateOptions(ImageOptions):
             raise InputError(
                 f"--bits must be {', '.join(map(str, first))} or {last}, got {self.bits}."
             )
+        others = {"trimmed": 2 * self.malicious + 1, "krum": 2 * self.malicious + 3}
+        least = others.get(self.aggregate, 1)
+        if self.clients_per_round < least:
+            raise InputError(
+                f"--aggregate {self.aggregate} with --malicious {self.malicious} needs at least "
+                f"{least} clients in a round, got {self.clients_per_round}."
+            )
         if self.method == "cmd" and self.rounds <= self.warmup:
             raise InputError(
                 f"--rounds must be above --warmup ({self.warmup}), got {self.rounds}: modes are "
@@ -213,8 +235,8 @@ class SimulateOptions(ImageOptions):
         """Return the options in a Flower run configuration.
 
         Names have dashes for underscores; others are left alone; an empty text or 0 stands for None
-        where that is allowed, because Flower's configurations know no None. Options of other
-        methods than the one chosen are left out: an app has to list all that may ever be set.
+        where that is allowed, because Flower's configurations know no None. Options that have no
+        effect with the method chosen are left out: an app has to list all that may ever be set.
 
         Raises:
             InputError: If an option is out of range.
@@ -226,8 +248,8 @@ class SimulateOptions(ImageOptions):
             if name in run_config:
                 value = run_config[name]
                 given[field.name] = None if field.default is None and not value else value
-        method = given.get("method", cls.method)
         for field, _, about in fields:
-            if method not in about.only.get("method", (method,)):
-                given.pop(field.name, None)
+            for name, allowed in about.only.items():
+                if given.get(name, getattr(cls, name)) not in allowed:
+                    given.pop(field.name, None)
         return cls(**given)
