@@ -48,16 +48,16 @@ def test_a_rotation_keeps_lengths_and_can_be_undone(count: int, seed: int) -> No
     assert float((rotate_back(rotated, seed) - x).norm()) <= 1e-12 * size
 
 
-@pytest.mark.parametrize("count", [1024, 1023, 1025, 1500])
+@pytest.mark.parametrize("count", [256, 255, 257, 380])
 def test_a_spike_is_spread_over_all_places_alike(count: int) -> None:
     """Also where the two blocks overlap in one place only, and the spike is in one of them."""
-    for where in (0, count // 2, count - 1):
+    for where in (0, count - 1):
         x = torch.zeros(count, dtype=torch.float64)
         x[where] = 1.0
-        draws = torch.stack([rotate(x, seed) for seed in range(400)])
+        draws = torch.stack([rotate(x, seed) for seed in range(200)])
         energy = draws.square().mean(0) * count
-        # the mean of 400 squared values of variance at most 2 each
-        assert float((energy - 1.0).abs().max()) < 6 * np.sqrt(2 / 400)
+        # the mean of 200 squared values of variance at most 2 each
+        assert float((energy - 1.0).abs().max()) < 6 * np.sqrt(2 / 200)
         assert float((energy[: count // 2].mean() - 1.0).abs()) < 0.05
 
 
@@ -87,10 +87,10 @@ def decoded(x: np.ndarray, bits: int, seed: int, *, unbiased: bool = True) -> np
 
 
 @pytest.mark.parametrize("bits", EDEN_BITS)
-@pytest.mark.parametrize("count", [1024, 1500])
+@pytest.mark.parametrize("count", [512, 700])
 def test_no_bias_and_the_error_of_the_theory(bits: int, count: int) -> None:
     """vNMSE = 1 / (1 - D) - 1, pi / 2 - 1 for one bit; D with the least-squares scale."""
-    x, draws = heavy(count), 200
+    x, draws = heavy(count), 100
     size = float(np.square(x, dtype=np.float64).sum())
     found = np.stack([decoded(x, bits, seed) for seed in range(draws)]).astype(np.float64)
     error = np.square(found - x).sum(axis=1) / size
@@ -101,7 +101,10 @@ def test_no_bias_and_the_error_of_the_theory(bits: int, count: int) -> None:
     bias = np.square(found.mean(axis=0) - x).sum() / size
     assert bias == pytest.approx(expected / draws, rel=0.25)
     small = np.mean(
-        [np.square(decoded(x, bits, seed, unbiased=False) - x).sum() / size for seed in range(20)]
+        [
+            np.square(decoded(x, bits, seed, unbiased=False) - x).sum() / size
+            for seed in range(draws)
+        ]
     )
     assert small == pytest.approx(distortion, rel=0.05)
 
@@ -111,14 +114,14 @@ def test_the_same_as_with_a_uniformly_random_rotation() -> None:
     x, count = heavy(64), 64
     size = float(np.square(x, dtype=np.float64).sum())
     errors = []
-    for seed in range(300):
+    for seed in range(150):
         rotation = stats.ortho_group.rvs(count, random_state=seed)
         rotated = rotation @ x
         signs = np.sign(rotated)
         back = rotation.T @ (size / np.abs(rotated).sum() * signs)
         errors.append(np.square(back - x).sum() / size)
-    found = [np.square(decoded(x, 1, seed) - x).sum() / size for seed in range(300)]
-    spread = np.sqrt(np.var(errors) / 300 + np.var(found) / 300)
+    found = [np.square(decoded(x, 1, seed) - x).sum() / size for seed in range(150)]
+    spread = np.sqrt(np.var(errors) / 150 + np.var(found) / 150)
     assert abs(np.mean(errors) - np.mean(found)) < 5 * spread
 
 

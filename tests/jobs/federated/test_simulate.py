@@ -114,7 +114,8 @@ def test_bytes_are_those_of_the_serialised_messages(
         return replies
 
     monkeypatch.setattr(InProcessGrid, "send_and_receive", send_and_receive)
-    chosen = {**(QUICK if method == "cmd" else SMALL), "method": method, "rounds": 4}
+    chosen = {**(QUICK if method == "cmd" else SMALL), "method": method}
+    chosen |= {"clients": 2, "rounds": 4, "train_limit": 40, "test_limit": 20}
     totals = []
     for bits in (1, 2, 4, 8):
         counted[:] = 0, 0
