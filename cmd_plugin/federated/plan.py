@@ -212,6 +212,37 @@ class Plan:
             self._apply(self._at_length(increment, held))
             at += 8 + length
 
+    def _take_apart(
+        self, increment: bytes
+    ) -> tuple[int, Indices, Indices, npt.NDArray[np.uint8], int]:
+        """Return width, references, members, modes, and where coefficients begin; all checked."""
+        if len(increment) < _HEAD.size:
+            raise FrameError("plan", "an increment is cut short.")
+        width, references, count = _HEAD.unpack_from(increment)
+        free = self.free
+        bitmap = -(-len(free) // 8)
+        each = sum(quantised_bytes(count, 8)) if width == _SHORT else 2 * width * count
+        expected = _HEAD.size + 8 * references + bitmap + count + each
+        if width not in (_SHORT, 2, 4) or len(increment) != expected:
+            raise FrameError("plan", f"an increment has {len(increment)} bytes, not {expected}.")
+        at = _HEAD.size
+        known = np.frombuffer(increment, "<i8", references, at).astype(np.int64)
+        at += 8 * references
+        flags = np.unpackbits(np.frombuffer(increment, np.uint8, bitmap, at), count=len(free))
+        members = free[flags.astype(bool)]
+        at += bitmap
+        mode = np.frombuffer(increment, np.uint8, count, at)
+        if references and self.tied is not None:
+            raise FrameError("plan", "the references are there already, and never change.")
+        known = known if self.tied is None else self.references
+        outside = (known < 0) | (known >= self.numel)
+        wrong = len(members) != count or outside.any() or not len(known)
+        if wrong or (mode >= len(known)).any():
+            raise FrameError("plan", "members, modes and references do not fit one another.")
+        if self.embedded[known].any() or np.isin(known, members).any():
+            raise FrameError("plan", "a reference is embedded.")
+        return width, known, members, mode, at + count
+
     def _at_length(self, increment: bytes, held: Flat | None) -> bytes:
         """Return a short increment as the one with float32 coefficients that it stands for.
 
@@ -222,59 +253,19 @@ class Plan:
             return increment
         if held is None:
             raise NeedResync("plan", "the values an increment builds on are not known, resend.")
-        if len(increment) < _HEAD.size:
-            raise FrameError("plan", "an increment is cut short.")
-        _, references, count = _HEAD.unpack_from(increment)
-        free = self.free
-        bitmap, at = -(-len(free) // 8), _HEAD.size + 8 * references
-        end = at + bitmap + count
-        size, scales = quantised_bytes(count, 8)
-        if len(increment) != end + size + scales:
-            raise FrameError("plan", "a short increment has another length than announced.")
-        known = np.frombuffer(increment, "<i8", references, _HEAD.size)
-        known = known.astype(np.int64) if references else self.references
-        flags = np.unpackbits(np.frombuffer(increment, np.uint8, bitmap, at), count=len(free))
-        members = free[flags.astype(bool)]
-        mode = np.frombuffer(increment, np.uint8, count, at + bitmap)
-        outside = (known < 0) | (known >= self.numel)
-        if len(members) != count or outside.any() or (count and mode.max() >= len(known)):
-            raise FrameError("plan", "members, modes and references do not fit one another.")
-        slope = dequantise(increment[end : end + size], increment[end + size :], count, 8, "plan")
+        _, known, members, mode, at = self._take_apart(increment)
+        end = at + quantised_bytes(len(members), 8)[0]
+        slope = dequantise(increment[at:end], increment[end:], len(members), 8, "plan")
         with np.errstate(over="ignore", invalid="ignore"):  # refused when it is applied
             follow = slope.astype(np.float64) * held[known[mode]]
             offset = (held[members].astype(np.float64) - follow).astype("<f4")
-        head = _HEAD.pack(4, references, count)
-        return b"".join(
-            (head, increment[_HEAD.size : end], slope.astype("<f4").tobytes(), offset.tobytes())
-        )
+        head = _HEAD.pack(4, *_HEAD.unpack_from(increment)[1:])
+        who = increment[_HEAD.size : at]
+        return b"".join((head, who, slope.astype("<f4").tobytes(), offset.tobytes()))
 
     def _apply(self, increment: bytes) -> None:
-        if len(increment) < _HEAD.size:
-            raise FrameError("plan", "an increment is cut short.")
-        width, references, count = _HEAD.unpack_from(increment)
-        free = self.free
-        bitmap = -(-len(free) // 8)
-        expected = _HEAD.size + 8 * references + bitmap + count * (1 + 2 * width)
-        if width not in (2, 4) or len(increment) != expected:
-            raise FrameError("plan", f"an increment has {len(increment)} bytes, not {expected}.")
-        at = _HEAD.size
-        known = np.frombuffer(increment, "<i8", references, at).astype(np.int64)
-        at += 8 * references
-        flags = np.unpackbits(np.frombuffer(increment, np.uint8, bitmap, at), count=len(free))
-        members = free[flags.astype(bool)]
-        at += bitmap
-        mode = np.frombuffer(increment, np.uint8, count, at)
-        at += count
-        scale, offset = np.frombuffer(increment, f"<f{width}", 2 * count, at).reshape(2, -1)
-        if references and self.tied is not None:
-            raise FrameError("plan", "the references are there already, and never change.")
-        known = known if self.tied is None else self.references
-        outside = (known < 0) | (known >= self.numel)
-        wrong = len(members) != count or outside.any() or not len(known)
-        if wrong or (mode >= len(known)).any():
-            raise FrameError("plan", "members, modes and references do not fit one another.")
-        if self.embedded[known].any() or np.isin(known, members).any():
-            raise FrameError("plan", "a reference is embedded.")
+        width, known, members, mode, at = self._take_apart(increment)
+        scale, offset = np.frombuffer(increment, f"<f{width}", 2 * len(members), at).reshape(2, -1)
         if not (np.isfinite(scale).all() and np.isfinite(offset).all()):
             raise FrameError("plan", "a coefficient is NaN or infinite.")
         if self.tied is None:
