@@ -69,7 +69,8 @@ def centroids(bits: int) -> Tensor:
         mass = torch.special.ndtr(edges).diff()[left]
         moved = (density[:-1] - density[1:])[left] / mass
         points = torch.cat((moved, -moved.flip(0)))
-    return ((points / _GRID).round() * _GRID).float()
+    rounded: Tensor = (points / _GRID).round() * _GRID
+    return rounded.float()
 
 
 def eden_bytes(count: int, bits: int) -> tuple[int, int]:
@@ -134,7 +135,8 @@ def _pack(codes: npt.NDArray[np.uint8], bits: int) -> bytes:
     padded = np.zeros(-(-len(codes) // each) * each, np.uint8)
     padded[: len(codes)] = codes
     places = (bits * np.arange(each)).astype(np.uint8)
-    return np.bitwise_or.reduce(padded.reshape(-1, each) << places, axis=1).tobytes()
+    joined: npt.NDArray[np.uint8] = np.bitwise_or.reduce(padded.reshape(-1, each) << places, axis=1)
+    return joined.tobytes()
 
 
 def _unpack(data: bytes, count: int, bits: int) -> npt.NDArray[np.int64]:
