@@ -3,7 +3,7 @@
     python -m benchmarks.federated_attacks                     # about ten CPU minutes
     python -m benchmarks.federated_attacks --report            # what is in the result file
 
-Digits over 10 clients, 24 rounds, CMD with pooled steps and 2-bit values (EDEN) in both directions.
+Digits over 10 clients, 16 rounds, CMD with pooled steps and 2-bit values (EDEN) in both directions.
 None, 1 or 3 of the clients attack in every round, behind the mod, so that what they send are
 well-formed frames:
 
@@ -19,6 +19,7 @@ A frame that says itself that it answers an older plan or round is refused, whic
 from __future__ import annotations
 
 import argparse
+import logging
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -44,9 +45,9 @@ COMMON: dict[str, Any] = {
     "data": "digits",
     "model": "cnn",
     "clients": 10,
-    "rounds": 24,
-    "local_epochs": 2,
-    "warmup": 6,
+    "rounds": 16,
+    "warmup": 4,
+    "lr": 0.1,
     "bits": 2,
 }
 JOINS: dict[str, dict[str, Any]] = {
@@ -175,6 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--seed", type=int, help="this seed alone")
     chosen = parser.parse_args(arguments)
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # a page a round
     results = Results(RESULTS / "federated_attacks.jsonl", None, chosen.new)
     for other in chosen.merge:
         results.merge(other)
