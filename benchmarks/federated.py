@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = {}
     for title, (problem, rows) in problems.items():
         groups = complete(results, problem, rows, seeds)
-        if groups["FedAvg"]:
+        if groups:
             name = title.replace("cifar10", groups["FedAvg"][0]["data"])
             found[f"{name}, seeds {', '.join(str(r['seed']) for r in groups['FedAvg'])}"] = groups
     for title, groups in found.items():
@@ -313,20 +313,14 @@ def main(arguments: list[str] | None = None) -> None:
 def complete(
     results: Results, problem: dict[str, Any], rows: dict[str, dict[str, Any]], seeds: Sequence[int]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the runs of each method, of the seeds for which there is one of every method."""
+    """Return the runs of each method that has one for every seed that FedAvg has."""
     runs = {
-        seed: {
-            m: results.find("report", m, {**problem, **extra}, seed) for m, extra in rows.items()
-        }
-        for seed in seeds
+        method: [results.find("report", method, {**problem, **extra}, seed) for seed in seeds]
+        for method, extra in rows.items()
     }
-    groups: dict[str, list[dict[str, Any]]] = {method: [] for method in rows}
-    for of_seed in runs.values():
-        present = {method: row for method, row in of_seed.items() if row is not None}
-        if len(present) == len(rows):
-            for method, row in present.items():
-                groups[method].append(row)
-    return groups
+    there = [number for number, row in enumerate(runs["FedAvg"]) if row is not None]
+    found = {m: [row for n in there if (row := of[n]) is not None] for m, of in runs.items()}
+    return {method: of for method, of in found.items() if of and len(of) == len(there)}
 
 
 if __name__ == "__main__":
