@@ -294,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not options.report:
                 results.get("report", method, {**problem, **extra}, seed)
             progress.advance(bar)
-    console = Console(width=150)
+    console = Console(width=170)
     if not options.quick:
         for schedule in chosen:
             console.print(f"schedule chosen on seed 0: {schedule}", highlight=False)
