@@ -1,17 +1,22 @@
-"""Accuracy against bytes: CMD beside FedAvg, APF, A-APF, top-k and FedPAQ, all on Flower.
+"""Accuracy against bytes: CMD beside FedAvg, APF, A-APF, top-k, FedPAQ and EDEN, all on Flower.
 
     python -m benchmarks.federated --quick                     # digits, one seed, about a minute
-    python -m benchmarks.federated --data-root DATA            # all of it, about 90 CPU minutes
+    python -m benchmarks.federated --data-root DATA            # all of it, about 3 CPU hours
+    python -m benchmarks.federated --report                    # what is in the result file
+    python -m benchmarks.federated --data-root DATA --only cifar10 --partition iid --seed 2 \
+        --method "EDEN 1 bit" --new some.jsonl                 # one run, for many side by side
+    python -m benchmarks.federated --merge *.jsonl --report    # put such rows into the result file
 
 The schedule of CMD (F, L, P, M, pooling, projection) is searched on seed 0 of CIFAR-10 IID alone:
-the most accurate one within 40 % of FedAvg's bytes, with 8-bit values within 12 %. Everything is
-reported on other seeds. Bytes are those of Flower's serialised messages, up and down, over all
-clients. Accuracy is the mean over the last five rounds. Rows are appended to
-``results/federated.jsonl`` as runs end; a run that is there is not repeated.
+the most accurate one within 40 % of FedAvg's bytes, with 8-bit values within 12 %, with EDEN's
+within 6 %. Everything is reported on other seeds. Bytes are those of Flower's serialised
+messages, up and down, over all clients. Accuracy is the mean over the last five rounds. Rows are
+appended to ``results/federated.jsonl`` as runs end; a run that is there is not repeated.
 
 The problems are small on purpose, so that two cores finish: 1000 training images at 16x16 pixels
 (CIFAR-10) or 14x14 (MNIST) over 10 clients, a network of 15 thousand weights, 40 rounds of three
-local epochs.
+local epochs. In one more, 5000 images lie with 100 clients, of which 10 take part in each of 60
+rounds.
 """
 
 from __future__ import annotations
@@ -21,22 +26,15 @@ import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from benchmarks.federated_report import LAST, draw, share, table
 from benchmarks.machine import RESULTS, describe_machine
 from cmd_plugin.jobs.federated import SimulateOptions, simulate
-
-LAST = 5  # rounds whose mean is the accuracy of a run
-TOLERANCE = 0.005  # of accuracy: what counts as reaching that of FedAvg
 
 COMMON: dict[str, Any] = {
     "model": "cnn:16",
@@ -51,10 +49,20 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 }
 LIMITS = {"train_limit": 1000, "test_limit": 2000}
 PARTITIONS = ("iid", "dirichlet:0.3")
+MANY = {
+    **PROBLEMS["cifar10"],
+    **LIMITS,
+    "partition": "dirichlet:0.3",
+    "clients": 100,
+    "fraction": 0.1,
+    "rounds": 60,
+    "train_limit": 5000,
+}
+MANY_NAME = "cifar10, 10 of 100 clients, dirichlet:0.3"
 QUICK = {"data": "digits", "model": "cnn", "clients": 4, "rounds": 16}
 
 # What a schedule does not say is as in the paper, not as in the command's defaults.
-PAPER = {"relative": False, "project": "epoch", "pool": False}
+PAPER = {"relative": False, "project": "epoch", "pool": False, "coding": "linear"}
 
 # What the search chooses from; the first is the paper's method, without pooling, ten modes.
 _POOLED = {"modes": 250, "pool": True}
@@ -78,16 +86,32 @@ SCHEDULES_8_BIT: tuple[dict[str, Any], ...] = tuple(
     for warmup, percent in ((7, 30.0), (8, 25.0), (8, 30.0), (8, 40.0))
 )
 
+# Of these the better with two bits is taken; with one bit it is the same.
+SCHEDULES_EDEN: tuple[dict[str, Any], ...] = tuple(
+    {**_STEPS, "embed_every": 1, "coding": "eden", "bits": bits, "warmup": warmup} | percent
+    for bits, warmup, percent in (
+        (2, 8, {"embed_percent": 25.0}),
+        (2, 8, {"embed_percent": 40.0}),
+        (2, 11, {"embed_percent": 30.0}),
+    )
+)
+
 BASELINES: dict[str, dict[str, Any]] = {
     "FedAvg": {"method": "fedavg"},
     "APF": {"method": "apf"},
     "A-APF": {"method": "a-apf"},
     "top-k 10 %": {"method": "topk", "topk": 0.1},
     "FedPAQ 8 bit": {"method": "fedpaq", "bits": 8},
+    "EDEN 2 bit": {"method": "eden", "bits": 2},
+    "EDEN 1 bit": {"method": "eden", "bits": 1},
 }
+IN_MANY = ("FedAvg", "top-k 10 %", "FedPAQ 8 bit", "EDEN 1 bit")
+"""Baselines on the problem with many clients; CMD has its quantised schedules there."""
 
 
-def methods(schedule: dict[str, Any], quantised: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def methods(
+    schedule: dict[str, Any], quantised: dict[str, Any], rotated: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Return the options of every row of the tables, for the schedules the search chose."""
     paper = SCHEDULES[0]
     absolute = {"relative": False, "embed_percent": 10.0}
@@ -100,6 +124,18 @@ def methods(schedule: dict[str, Any], quantised: dict[str, Any]) -> dict[str, di
         "CMD, paper, tie, 8 bit": {"method": "cmd", **paper, "project": "tie", "bits": 8},
         "CMD absolute, 8 bit": {"method": "cmd", **quantised, **absolute},
         "CMD relative, 8 bit": {"method": "cmd", **quantised},
+        "CMD relative, EDEN 2 bit": {"method": "cmd", **rotated},
+        "CMD relative, EDEN 1 bit": {"method": "cmd", **rotated, "bits": 1},
+    }
+
+
+def methods_for_many(quantised: dict[str, Any], rotated: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the rows with many clients: half as many rounds more of everything."""
+    longer = {"warmup": round(1.5 * quantised["warmup"])}
+    return {
+        **{name: BASELINES[name] for name in IN_MANY},
+        "CMD relative, 8 bit": {"method": "cmd", **quantised, **longer},
+        "CMD relative, EDEN 2 bit": {"method": "cmd", **rotated, **longer},
     }
 
 
@@ -126,37 +162,32 @@ def run_once(options: dict[str, Any], seed: int, data_root: str | None) -> dict[
     }
 
 
-def share(row: dict[str, Any]) -> float:
-    """Bytes of a run over those of FedAvg in the same rounds."""
-    return float((row["bytes_up"] + row["bytes_down"]) / row["fedavg_bytes"])
-
-
-def smoothed(row: dict[str, Any]) -> np.ndarray:
-    """Accuracy of each round, averaged over the last five up to it."""
-    accuracy = np.array([point[0] for point in row["curve"]])
-    return np.array([accuracy[max(0, n - LAST + 1) : n + 1].mean() for n in range(len(accuracy))])
-
-
-def bytes_to_reach(row: dict[str, Any], target: float) -> float | None:
-    """Bytes until the smoothed accuracy first reaches a target, over FedAvg's bytes of a run."""
-    sent = np.cumsum([point[1] for point in row["curve"]])
-    reached = np.flatnonzero(smoothed(row) >= target)
-    return float(sent[reached[0]] / row["fedavg_bytes"]) if len(reached) else None
-
-
-def accuracy_at(row: dict[str, Any], sent: float) -> float:
-    """Return the smoothed accuracy of a run when it had sent that many bytes, or at its end."""
-    total = np.cumsum([point[1] for point in row["curve"]])
-    return float(smoothed(row)[np.flatnonzero(total <= sent)[-1]])
-
-
 class Results:
-    """The rows of the result file: each is run once."""
+    """The rows of the result file: each is run once.
 
-    def __init__(self, path: Path | None, data_root: str | None) -> None:
-        self.path, self.data_root = path, data_root
-        lines = path.read_text().splitlines() if path is not None and path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    Args:
+        path: The file; None keeps nothing.
+        data_root: Folder of data sets.
+        new: File for new rows, if not the same one.
+    """
+
+    def __init__(self, path: Path | None, data_root: str | None, new: Path | None = None) -> None:
+        self.path, self.data_root = new or path, data_root
+        self.rows = read_rows(path) + ([] if new is None else read_rows(new))
+
+    def merge(self, path: Path) -> None:
+        """Append the rows of another file that are not there."""
+        for row in read_rows(path):
+            if self.find(row["kind"], row["method"], row["options"], row["seed"]) is None:
+                self.add(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        self.rows.append(row)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def find(
         self, kind: str, method: str, options: dict[str, Any], seed: int
@@ -176,12 +207,14 @@ class Results:
         row = {"kind": kind, "method": method, "seed": seed, "options": options}
         row |= run_once(options, seed, self.data_root)
         row["machine"] = describe_machine()
-        self.rows.append(row)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        self.add(row)
         return row
+
+
+def read_rows(path: Path | None) -> list[dict[str, Any]]:
+    """Return the rows of a file, none if it is not there."""
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def search(
@@ -196,83 +229,6 @@ def search(
     return max(affordable, key=lambda t: t[1]["accuracy"])[0]
 
 
-def table(title: str, groups: dict[str, list[dict[str, Any]]]) -> Table:
-    """One problem: a row for each method, mean and spread over seeds."""
-    shown = Table(title=title, title_justify="left")
-    for name in ("method", "accuracy %", "against FedAvg", "bytes of FedAvg", "up", "down"):
-        shown.add_column(name, justify="left" if name == "method" else "right")
-    shown.add_column("bytes to FedAvg's accuracy", justify="right")
-    shown.add_column("APF, A-APF with as many bytes", justify="right")
-    reference = {row["seed"]: row for row in groups["FedAvg"]}
-    for method, rows in groups.items():
-        accuracy = [100 * row["accuracy"] for row in rows]
-        gap = [100 * (r["accuracy"] - reference[r["seed"]]["accuracy"]) for r in rows]
-        spread = f" ± {stdev(accuracy):.2f}" if len(rows) > 1 else ""
-        target = {s: r["accuracy"] - TOLERANCE for s, r in reference.items()}
-        needed = [bytes_to_reach(row, target[row["seed"]]) for row in rows]
-        reached = [value for value in needed if value is not None]
-        until = f"{mean(reached):.1%}" if len(reached) == len(rows) else "not reached"
-        if 0 < len(reached) < len(rows):
-            until = f"{mean(reached):.1%} ({len(reached)} of {len(rows)} seeds)"
-        others = [
-            mean(
-                100 * accuracy_at(other, row["bytes_up"] + row["bytes_down"])
-                for row, other in zip(rows, groups[name], strict=True)
-            )
-            for name in ("APF", "A-APF")
-        ]
-        shown.add_row(
-            method,
-            f"{mean(accuracy):.2f}{spread}",
-            f"{mean(gap):+.2f}",
-            f"{mean(share(row) for row in rows):.1%}",
-            f"{mean(row['bytes_up'] for row in rows) / 1e6:.2f} MB",
-            f"{mean(row['bytes_down'] for row in rows) / 1e6:.2f} MB",
-            until,
-            ", ".join(f"{value:.2f}" for value in others) if method.startswith("CMD") else "",
-        )
-    return shown
-
-
-def draw(path: Path, problems: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
-    """Draw accuracy against bytes, a panel for each problem."""
-    baselines = ["#7f7f7f", "#0072B2", "#56B4E9", "#009E73", "#CC79A7"]
-    colors = dict(zip(BASELINES, baselines, strict=True))
-    colors |= {"CMD, paper": "#E69F00", "CMD, paper, tie": "#999933"}
-    colors |= {"CMD absolute": "#882255", "CMD relative": "#D55E00"}
-    with mpl.rc_context({"font.size": 9.0, "axes.titlesize": 10.0, "axes.titleweight": "bold"}):
-        columns = min(2, len(problems))
-        figure = Figure(figsize=(6.2 * columns, 4.2 * -(-len(problems) // columns) + 1.0))
-        figure.set_layout_engine("constrained")
-        FigureCanvasAgg(figure)
-        panels: Any = figure.subplots(-(-len(problems) // columns), columns, squeeze=False)
-        for axes, (title, groups) in zip(panels.flat, problems.items(), strict=False):
-            for method, rows in groups.items():
-                curves = np.mean([smoothed(row) for row in rows], axis=0)
-                sent = np.mean(
-                    [np.cumsum([p[1] for p in r["curve"]]) / r["fedavg_bytes"] for r in rows],
-                    axis=0,
-                )
-                axes.plot(
-                    100 * sent,
-                    100 * curves,
-                    "--" if "8 bit" in method else "-",
-                    color=colors.get(method) or colors[method.removesuffix(", 8 bit")],
-                    linewidth=2.2 if method.startswith("CMD") else 1.3,
-                    label=method,
-                )
-            axes.set_title(title)
-            axes.set_xscale("log")
-            axes.set_xlim(1.0, 105.0)
-            axes.set_xlabel("bytes so far, % of what FedAvg sends in the run (log)")
-            axes.set_ylabel("held-out accuracy, %, mean of 5 rounds")
-            axes.spines[["top", "right"]].set_visible(False)
-        handles, labels = panels.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing from the result file, then print tables and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -283,71 +239,88 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--only", choices=[*PROBLEMS], help="one data set")
     parser.add_argument("--partition", choices=PARTITIONS, help="one way of splitting it")
+    parser.add_argument("--seed", type=int, help="this seed alone")
+    parser.add_argument("--many", action="store_true", help="the problem with 100 clients alone")
+    parser.add_argument("--method", action="append", help="this row of the tables; repeatable")
+    parser.add_argument("--new", type=Path, help="file for new rows, to be merged later")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="files made with --new")
     parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--out", type=Path, help="result file; default results/federated.jsonl")
     options = parser.parse_args(arguments)
     path = options.out or (None if options.quick else RESULTS / "federated.jsonl")
-    results = Results(path, options.data_root)
+    results = Results(path, options.data_root, options.new)
+    for other in options.merge:
+        results.merge(other)
     if options.quick:
         quick = {**_STEPS, "modes": 50, "warmup": 3, "embed_every": 1, "embed_percent": 25.0}
-        problems = {"digits, iid": QUICK}
-        rows = methods(quick, {**quick, "bits": 8})
+        rotated = {**quick, "bits": 2, "coding": "eden"}
+        problems = {"digits, iid": (QUICK, methods(quick, {**quick, "bits": 8}, rotated))}
     else:
         searched = {**PROBLEMS["cifar10"], **LIMITS, "partition": "iid"}
         # Not needed to choose: it says what the schedules lose on the seed of the search.
         results.get("search", "FedAvg", {**searched, "method": "fedavg"}, 0)
         chosen = [
             search(results, searched, tried, budget)
-            for tried, budget in ((SCHEDULES, 0.40), (SCHEDULES_8_BIT, 0.12))
+            for tried, budget in (
+                (SCHEDULES, 0.40),
+                (SCHEDULES_8_BIT, 0.12),
+                (SCHEDULES_EDEN, 0.06),
+            )
         ]
         rows = methods(*chosen)
         problems = {
-            f"{data}, {partition}": {**PROBLEMS[data], **LIMITS, "partition": partition}
+            f"{data}, {partition}": ({**PROBLEMS[data], **LIMITS, "partition": partition}, rows)
             for data in PROBLEMS
             for partition in PARTITIONS
             if options.only in (None, data) and options.partition in (None, partition)
         }
+        if options.many:
+            problems = {}
+        if options.many or (options.only is None and options.partition is None):
+            problems[MANY_NAME] = MANY, methods_for_many(*chosen[1:])
     seeds = range(1, 2 if options.quick else 1 + options.seeds)
+    if options.seed is not None:
+        seeds = range(options.seed, options.seed + 1)
+    wanted = [
+        (seed, problem, method, extra)
+        for seed, (problem, rows) in product(seeds, problems.values())
+        for method, extra in rows.items()
+        if options.method is None or method in options.method
+    ]
     terminal = Console(stderr=True)
     with Progress(console=terminal, disable=options.report or not terminal.is_terminal) as progress:
-        bar = progress.add_task("training", total=len(problems) * len(rows) * len(seeds))
-        for seed, problem, (method, extra) in product(seeds, problems.values(), rows.items()):
+        bar = progress.add_task("training", total=len(wanted))
+        for seed, problem, method, extra in wanted:
             if not options.report:
                 results.get("report", method, {**problem, **extra}, seed)
             progress.advance(bar)
-    console = Console(width=150)
+    console = Console(width=170)
     if not options.quick:
         for schedule in chosen:
             console.print(f"schedule chosen on seed 0: {schedule}", highlight=False)
     found = {}
-    for title, problem in problems.items():
+    for title, (problem, rows) in problems.items():
         groups = complete(results, problem, rows, seeds)
-        if groups["FedAvg"]:
+        if groups:
             name = title.replace("cifar10", groups["FedAvg"][0]["data"])
             found[f"{name}, seeds {', '.join(str(r['seed']) for r in groups['FedAvg'])}"] = groups
     for title, groups in found.items():
         console.print(table(title, groups))
-    if path is not None and found:
+    if path is not None and found and options.new is None:
         draw(path.with_suffix(".png"), found)
 
 
 def complete(
     results: Results, problem: dict[str, Any], rows: dict[str, dict[str, Any]], seeds: Sequence[int]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the runs of each method, of the seeds for which there is one of every method."""
+    """Return the runs of each method that has one for every seed that FedAvg has."""
     runs = {
-        seed: {
-            m: results.find("report", m, {**problem, **extra}, seed) for m, extra in rows.items()
-        }
-        for seed in seeds
+        method: [results.find("report", method, {**problem, **extra}, seed) for seed in seeds]
+        for method, extra in rows.items()
     }
-    groups: dict[str, list[dict[str, Any]]] = {method: [] for method in rows}
-    for of_seed in runs.values():
-        present = {method: row for method, row in of_seed.items() if row is not None}
-        if len(present) == len(rows):
-            for method, row in present.items():
-                groups[method].append(row)
-    return groups
+    there = [number for number, row in enumerate(runs["FedAvg"]) if row is not None]
+    found = {m: [row for n in there if (row := of[n]) is not None] for m, of in runs.items()}
+    return {method: of for method, of in found.items() if of and len(of) == len(there)}
 
 
 if __name__ == "__main__":

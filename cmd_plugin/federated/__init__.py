@@ -14,6 +14,7 @@ from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
     from cmd_plugin.federated.baselines import APFStrategy as APFStrategy
+    from cmd_plugin.federated.baselines import EDENStrategy as EDENStrategy
     from cmd_plugin.federated.baselines import FedPAQStrategy as FedPAQStrategy
     from cmd_plugin.federated.baselines import TopKStrategy as TopKStrategy
     from cmd_plugin.federated.client import cmd_mod as cmd_mod
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _WITH_FLOWER = {
     "APFStrategy": "baselines",
     "CMDStrategy": "cmd_strategy",
+    "EDENStrategy": "baselines",
     "FedPAQStrategy": "baselines",
     "InProcessGrid": "inprocess",
     "MeteredGrid": "traffic",

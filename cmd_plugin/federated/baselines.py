@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,36 +9,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
-from cmd_plugin.errors import InputError, StateMismatch
+from cmd_plugin.errors import InputError
 from cmd_plugin.federated.codec import ModeCodec
-from cmd_plugin.federated.frame import FLAG_REPLY_DELTA, KIND_DOWN, Frame, Header
+from cmd_plugin.federated.eden import check_eden_bits
+from cmd_plugin.federated.frame import (
+    FLAG_REPLY_DELTA,
+    FLAG_REPLY_ROTATED,
+    KIND_DOWN,
+    Frame,
+    Header,
+)
+from cmd_plugin.federated.held import HeldModel, identity_of, read_vector
 from cmd_plugin.federated.packing import Flat
 from cmd_plugin.federated.quantise import check_bits
 from cmd_plugin.federated.strategy import FrameStrategy
 from cmd_plugin.federated.values import Known
 
-__all__ = ["APFStrategy", "FedPAQStrategy", "TopKStrategy"]
-
-
-def _identity(flat: Flat) -> int:
-    return int.from_bytes(hashlib.sha256(flat.tobytes()).digest()[:8], "little") or 1
-
-
-def _vector(tensor: Tensor, dtype: Any, numel: int) -> npt.NDArray[Any]:
-    """Return a saved vector as an array of its own.
-
-    Raises:
-        StateMismatch: If it is not [numel] of that dtype.
-    """
-    array = np.array(tensor.numpy())
-    if array.shape != (numel,) or array.dtype != dtype:
-        raise StateMismatch(
-            f"a saved vector is {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} "
-            f"[{numel}]: use the same model."
-        )
-    return array
+__all__ = ["APFStrategy", "EDENStrategy", "FedPAQStrategy", "TopKStrategy"]
 
 
 class APFStrategy(FrameStrategy):
@@ -135,7 +122,7 @@ class APFStrategy(FrameStrategy):
         if state["vectors"] is not None:
             numel = changes["_codec"].plan.numel
             vectors = {
-                name: _vector(state["vectors"][name], dtype, numel)
+                name: read_vector(state["vectors"][name], dtype, numel)
                 for name, dtype in self._VECTORS.items()
             }
         return {
@@ -159,7 +146,7 @@ class APFStrategy(FrameStrategy):
 
     def prepare(self) -> None:
         """Name what clients held before, whose frozen weights have not moved, and will hold."""
-        self.codec.values_identity, self._values = self._values, _identity(self.flat)
+        self.codec.values_identity, self._values = self._values, identity_of(self.flat)
 
     def frame_for(self, known: Known) -> Frame:
         """Return the values that are not frozen, and the mask."""
@@ -250,21 +237,21 @@ class TopKStrategy(FrameStrategy):
         view = None
         if state["view"] is not None:
             codec = changes["_codec"]
-            view = _vector(state["view"], codec.packing.dtype, codec.plan.numel)
+            view = read_vector(state["view"], codec.packing.dtype, codec.plan.numel)
         return {**changes, "_view": view, "_result": int(state["result"]), "_frame": None}
 
     def prepare(self) -> None:
         """Choose the differences to send, and compute what clients will hold then."""
         codec, flat = self.codec, self.flat
         if self._view is None:
-            self._view, self._result = flat.copy(), _identity(flat)
+            self._view, self._result = flat.copy(), identity_of(flat)
             return
         codec.values, codec.values_identity = self._view, self._result
         # What a client computes from the frame is what it will hold.
         client = ModeCodec(codec.packing)
         client.values, client.values_identity = self._view, self._result
         _, received = ModeCodec.receive(client, self._sparse(result=1))
-        self._view, self._result = received.flat, _identity(received.flat)
+        self._view, self._result = received.flat, identity_of(received.flat)
         self._frame = self._sparse(result=self._result)
 
     def _sparse(self, result: int) -> Frame:
@@ -325,3 +312,72 @@ class FedPAQStrategy(FrameStrategy):
         """Return the whole model."""
         header = Header(KIND_DOWN, round=self.round, reply_bits=self.bits, flags=FLAG_REPLY_DELTA)
         return self.codec.send(self.flat, self.raw, known, header=header)
+
+
+class EDENStrategy(FrameStrategy):
+    """EDEN (Vargaftik et al., ICML 2022): differences of 1, 2, 4 or 8 bits, rotated at random.
+
+    Clients' differences are unbiased (:mod:`cmd_plugin.federated.eden`), and each has a rotation of
+    its own, so that their errors cancel in the average. So that the way down is as cheap, clients
+    remember the model they were sent and get what changed since, with the same bits and the error
+    fed back (:class:`cmd_plugin.federated.held.HeldModel`). BatchNorm's statistics have 16 bits.
+
+    Args:
+        inner: The strategy that samples and aggregates.
+        bits: Bits of a difference, 1, 2, 4 or 8.
+        memory: As said. False sends the weights themselves, in 8 bits: for runs in which a client
+            seldom takes part twice running, because what it remembers is out of date then and it
+            has to be sent exact weights.
+        statistics: BatchNorm's running statistics, ``"average"`` or ``"local"``.
+        max_examples: As in :class:`FrameStrategy`.
+        max_update_ratio: As in :class:`FrameStrategy`.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        *,
+        bits: int = 2,
+        memory: bool = True,
+        statistics: str = "average",
+        max_examples: float = 1e9,
+        max_update_ratio: float | None = 100.0,
+    ) -> None:
+        super().__init__(
+            inner,
+            statistics=statistics,
+            max_examples=max_examples,
+            max_update_ratio=max_update_ratio,
+        )
+        self.bits = check_eden_bits(bits)
+        self.memory = memory
+        self._settings |= {"bits": bits, "memory": memory}
+        self._held = HeldModel()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next round depends on; see :meth:`FrameStrategy.state_dict`."""
+        return {**super().state_dict(), "held": self._held.state_dict()}
+
+    def _read_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        changes = super()._read_state(state)
+        return {**changes, "_held": HeldModel.from_state(state["held"], changes["_codec"])}
+
+    def _header(self) -> Header:
+        return Header(
+            KIND_DOWN,
+            bits=self.bits if self.memory else 8,
+            reply_bits=self.bits,
+            flags=FLAG_REPLY_DELTA | FLAG_REPLY_ROTATED,
+            round=self.round,
+        )
+
+    def prepare(self) -> None:
+        """Decide what clients will hold."""
+        if self.memory:
+            self._held.advance(self.codec, self.flat, self.raw, self._header())
+
+    def frame_for(self, known: Known) -> Frame:
+        """Return what changed since a client's last frame, or the weights."""
+        if self.memory:
+            return self._held.frame_for(self.codec, self.flat, self.raw, self._header(), known)
+        return self.codec.send(self.flat, self.raw, known, header=self._header())

@@ -13,14 +13,26 @@ from flwr.serverapp.strategy import Strategy
 
 from cmd_plugin.errors import InputError, PluginError
 from cmd_plugin.federated.codec import PROJECTIONS
-from cmd_plugin.federated.frame import FLAG_POOL, FLAG_REPLY_DELTA, KIND_DOWN, Frame, Header
+from cmd_plugin.federated.eden import check_eden_bits
+from cmd_plugin.federated.frame import (
+    FLAG_POOL,
+    FLAG_REPLY_DELTA,
+    FLAG_REPLY_ROTATED,
+    KIND_DOWN,
+    Frame,
+    Header,
+)
+from cmd_plugin.federated.held import HeldModel
 from cmd_plugin.federated.packing import Flat
 from cmd_plugin.federated.quantise import check_bits
 from cmd_plugin.federated.strategy import FrameStrategy
 from cmd_plugin.federated.values import Known
 from cmd_plugin.modes import Embedding, Layout, OnlineModes
 
-__all__ = ["CMDStrategy"]
+__all__ = ["CODINGS", "CMDStrategy"]
+
+CODINGS = ("linear", "eden")
+"""How values are quantised; see :class:`CMDStrategy`."""
 
 
 class CMDStrategy(FrameStrategy):
@@ -50,10 +62,16 @@ class CMDStrategy(FrameStrategy):
         modes: Largest number of modes M, 1..256.
         warmup: Rounds F in which the weights are only watched, at least 2.
         samples: Weights whose trajectories are clustered.
-        bits: None sends values as they are; 8 or 4 quantise them in both directions, in every
-            round: weights on the way down, differences to them on the way up (stochastic
-            rounding). The server keeps exact weights, so that rounding errors do not accumulate.
-            References then have 16 bits, coefficients are float16.
+        bits: None sends values as they are; otherwise they are quantised in both directions, in
+            every round. The server keeps exact weights, so that rounding errors do not accumulate.
+        coding: ``"linear"``: 8 or 4 bits in blocks, weights on the way down, differences to them on
+            the way up (stochastic rounding). References have 16 bits, coefficients are float16.
+            ``"eden"``: 8, 4, 2 or 1 bits after a random rotation, differences in both directions,
+            as in :class:`EDENStrategy`. References have 8 bits, as slopes have; offsets are not
+            sent, every curve starts where the clients know the weight to be.
+        memory: With ``"eden"``, whether clients remember the model they were sent. False sends the
+            weights in 8 bits, and offsets: for runs in which a client seldom takes part twice
+            running.
         pool: Let clients move each reference by what all weights on its curve did in the local
             training (their least-squares projection onto the curve; beyond the paper) instead of
             by what that one weight did. With ``project="step"`` every optimizer step is projected
@@ -78,6 +96,8 @@ class CMDStrategy(FrameStrategy):
         warmup: int = 20,
         samples: int = 1000,
         bits: int | None = None,
+        coding: str = "linear",
+        memory: bool = True,
         pool: bool = False,
         seed: int = 0,
         include: Sequence[str] = (),
@@ -100,14 +120,20 @@ class CMDStrategy(FrameStrategy):
                 f"project={self.embedding.project!r} is said here by project='step' and pool=True, "
                 "which also pools what clients send."
             )
-        self.bits = check_bits(bits)
+        if coding not in CODINGS:
+            raise InputError(f"coding must be one of {', '.join(CODINGS)}, got {coding!r}.")
+        self.rotated = coding == "eden" and bits is not None
+        self.bits = check_eden_bits(bits) if self.rotated and bits else check_bits(bits)
         self.pool = pool
+        self._held = HeldModel() if self.rotated and memory else None
         self._settings |= {
             "embedding": asdict(self.embedding),
             "modes": modes,
             "warmup": warmup,
             "samples": samples,
             "bits": bits,
+            "coding": coding,
+            "memory": memory,
             "pool": pool,
             "seed": seed,
         }
@@ -132,7 +158,8 @@ class CMDStrategy(FrameStrategy):
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next round depends on; see :meth:`FrameStrategy.state_dict`."""
         modes = None if self._modes is None else self._modes.state_dict()
-        return {**super().state_dict(), "modes": modes}
+        held = None if self._held is None else self._held.state_dict()
+        return {**super().state_dict(), "modes": modes, "held": held}
 
     def _read_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         changes = super()._read_state(state)
@@ -140,18 +167,33 @@ class CMDStrategy(FrameStrategy):
         if state["modes"] is not None:
             modes = self._follow(changes["_codec"].packing.layout)
             modes.load_state_dict(state["modes"])
-        return {**changes, "_modes": modes}
+        held = None
+        if self._held is not None:
+            held = HeldModel.from_state(state["held"], changes["_codec"])
+        return {**changes, "_modes": modes, "_held": held}
+
+    def _header(self) -> Header:
+        return Header(
+            KIND_DOWN,
+            bits=8 if self.rotated and self._held is None else self.bits,
+            reply_bits=self.bits,
+            project=PROJECTIONS.index(self.embedding.project),
+            flags=(FLAG_REPLY_DELTA if self.bits else 0)
+            | (FLAG_REPLY_ROTATED if self.rotated else 0)
+            | (FLAG_POOL if self.pool else 0),
+            round=self.round,
+        )
+
+    def prepare(self) -> None:
+        """Decide what clients will hold, if they remember it."""
+        if self._held is not None:
+            self._held.advance(self.codec, self.flat, self.raw, self._header())
 
     def frame_for(self, known: Known) -> Frame:
         """Return the free values, and what the client lacks of the plan."""
-        header = Header(
-            KIND_DOWN,
-            bits=self.bits,
-            reply_bits=self.bits,
-            project=PROJECTIONS.index(self.embedding.project),
-            flags=(FLAG_REPLY_DELTA if self.bits else 0) | (FLAG_POOL if self.pool else 0),
-            round=self.round,
-        )
+        header = self._header()
+        if self._held is not None:
+            return self._held.frame_for(self.codec, self.flat, self.raw, header, known)
         return self.codec.send(self.flat, self.raw, known, header=header)
 
     def advance(self, flat: Flat) -> Flat:
@@ -171,6 +213,7 @@ class CMDStrategy(FrameStrategy):
                 self._modes.offset.numpy()[members],
                 self._modes.references.numpy(),
                 half=bool(self.bits),
+                held=None if self._held is None else self._held.values,
             )
             plan.expand(flat)
         return flat

@@ -14,6 +14,8 @@ from cmd_plugin.federated.frame import (
     FLAG_KEEP,
     FLAG_POOL,
     FLAG_REPLY_DELTA,
+    FLAG_REPLY_ROTATED,
+    FLAG_ROTATED,
     FLAG_SPARSE,
     KIND_DOWN,
     KIND_UP,
@@ -85,6 +87,7 @@ class ModeCodec:
         header: Header | None = None,
         frozen: Bools | None = None,
         share: float = 1.0,
+        rotation: int | None = None,
         result: int = 0,
     ) -> Frame:
         """Encode the global model for a client.
@@ -96,26 +99,38 @@ class ModeCodec:
             header: Round, bits and what is asked of the reply.
             frozen: [N] positions that keep the value the client has.
             share: Send only this share of the differences to :attr:`values`, the largest.
+            rotation: Send the differences to :attr:`values`, rotated with this seed. What is left
+                out has to be sent later, so their scale is the least-squares one.
             result: Identity of what the client will hold, if it has to keep it.
         """
         known = known or Known()
         header = header or Header(KIND_DOWN)
-        increments = self.plan.since(known.plan) if known.layout == self.packing.identity else None
         base = known.values if known.values and known.values == self.values_identity else 0
-        builds_on = frozen is not None or share < 1.0
+        increments = None
+        if known.layout == self.packing.identity:
+            held = base and rotation is not None
+            increments = self.plan.since(known.plan, short=bool(held))
+        builds_on = frozen is not None or share < 1.0 or rotation is not None
         full = increments is None or (builds_on and not base)
         if full:
             known, increments = Known(), self.plan.since(0)
             frozen_bytes = b"" if frozen is None else np.packbits(frozen).tobytes()
-            free, share, delta, base = self.plan.free, 1.0, False, 0
+            free, share, delta, base, rotation = self.plan.free, 1.0, False, 0, None
         else:
             frozen_bytes = b"" if frozen is None else np.packbits(frozen).tobytes()
             free = free_positions(self.plan, frozen)
-            delta = share < 1.0
+            delta = share < 1.0 or rotation is not None
             base = base if builds_on else 0
         vector = flat - self.values if delta and self.values is not None else flat
         encoded = encode_values(
-            vector, free, self.plan.references, bits=header.bits, delta=delta, share=share
+            vector,
+            free,
+            self.plan.references,
+            bits=header.bits,
+            delta=delta,
+            share=share,
+            rotation=rotation,
+            unbiased=False,
         )
         flags = header.flags | encoded.flags | (FLAG_KEEP if result else 0)
         return Frame(
@@ -137,7 +152,9 @@ class ModeCodec:
                 references=encoded.references,
                 scales=encoded.scales,
                 values=encoded.values,
-                raw=pack_arrays(self.packing.raw if full else self.packing.shared, raw),
+                raw=pack_arrays(
+                    self.packing.raw if full else self.packing.shared, raw, coarse=_coarse(flags)
+                ),
             ),
         )
 
@@ -170,15 +187,17 @@ class ModeCodec:
             codec = fresh
         elif codec is None or codec.packing.identity != header.layout:
             raise NeedResync("layout", f"layout {header.layout:016x} is not known here, resend.")
-        codec.plan.extend(header.plan_before, sections.increments, header.plan)
-        if header.base and header.base not in (codec.values_identity, 0):
+        if header.base and header.base != codec.values_identity:
             raise NeedResync("values", f"values {header.base:016x} are not known here, resend.")
+        base = codec.values if header.base else None
+        codec.plan.extend(header.plan_before, sections.increments, header.plan, base)
         frozen = codec._frozen(sections.frozen)
         free = codec.plan.free if full else free_positions(codec.plan, frozen)
-        base = codec.values if header.base else None
         packing = codec.packing
         flat = decode_values(frame, free, codec.plan, base, packing.dtype)
-        raw = unpack_arrays(packing.raw if full else packing.shared, sections.raw)
+        raw = unpack_arrays(
+            packing.raw if full else packing.shared, sections.raw, coarse=_coarse(header.flags)
+        )
         raw.update(codec.statistics)
         for name in packing.statistics.names:
             if name not in raw:
@@ -214,7 +233,7 @@ class ModeCodec:
         Args:
             received: What the training started from.
             arrays: The trained model's arrays.
-            generator: Source of the stochastic rounding.
+            generator: Source of the stochastic rounding and of the rotation.
             residual: [N] what earlier replies left out (error feedback); updated in place.
             project: What was done with embedded weights during the training; :class:`Header`'s.
 
@@ -234,6 +253,9 @@ class ModeCodec:
         vector = flat - received.flat if delta else flat
         if residual is not None:
             vector = vector + residual
+        rotation = None
+        if asked.flags & FLAG_REPLY_ROTATED:
+            rotation = 0 if generator is None else int(generator.integers(2**63))
         encoded = encode_values(
             vector,
             received.free,
@@ -242,6 +264,7 @@ class ModeCodec:
             delta=delta,
             share=asked.reply_share,
             generator=generator,
+            rotation=rotation,
         )
         header = Header(
             KIND_UP,
@@ -259,7 +282,7 @@ class ModeCodec:
                 references=encoded.references,
                 scales=encoded.scales,
                 values=encoded.values,
-                raw=pack_arrays(self.packing.shared, arrays),
+                raw=pack_arrays(self.packing.shared, arrays, coarse=_coarse(encoded.flags)),
             ),
         )
         if residual is not None:
@@ -304,13 +327,20 @@ class ModeCodec:
             raise FrameError(
                 "plan", f"stale: answers plan {header.plan:016x}, not {sent.plan:016x}."
             )
-        asked = sent.flags & FLAG_REPLY_DELTA, sent.reply_bits, sent.reply_share < 1.0
-        delta_bit = FLAG_REPLY_DELTA if header.flags & FLAG_DELTA else 0
-        if asked != (delta_bit, header.bits, bool(header.flags & FLAG_SPARSE)):
+        asked = (
+            bool(sent.flags & FLAG_REPLY_DELTA),
+            bool(sent.flags & FLAG_REPLY_ROTATED),
+            sent.reply_share < 1.0,
+            sent.reply_bits,
+        )
+        found = (*(bool(header.flags & f) for f in (FLAG_DELTA, FLAG_ROTATED, FLAG_SPARSE)),)
+        if asked != (*found, header.bits):
             raise FrameError("encoding", "the reply is not encoded as it was asked for.")
         free = free_positions(self.plan, frozen)
         flat = decode_values(frame, free, self.plan, base, self.packing.dtype)
-        others = unpack_arrays(self.packing.shared, frame.sections.raw)
+        others = unpack_arrays(
+            self.packing.shared, frame.sections.raw, coarse=_coarse(header.flags)
+        )
         self.packing.refuse_non_finite(flat, others)
         self.packing.refuse_out_of_range(flat, others, base, raw)
         return self.packing.unflatten(flat, {**raw, **others})
@@ -320,6 +350,8 @@ class ModeCodec:
     def to_bytes(self) -> dict[str, bytes]:
         """Return what a client has to remember, by name; :meth:`from_bytes` reads it."""
         parts = {"layout": self.packing.to_json(), "plan": self.plan.to_bytes()}
+        if self.plan.short is not None:
+            parts["short"] = self.plan.short[0].to_bytes(8, "little") + self.plan.short[1]
         if self.values is not None:
             parts["values"] = self.values_identity.to_bytes(8, "little") + self.values.tobytes()
         if self.statistics:
@@ -331,9 +363,16 @@ class ModeCodec:
         """Return the codec that :meth:`to_bytes` described."""
         codec = cls(Packing.from_json(parts["layout"]))
         codec.plan = Plan.from_bytes(parts["plan"])
+        if "short" in parts:
+            codec.plan.short = int.from_bytes(parts["short"][:8], "little"), parts["short"][8:]
         if "values" in parts:
             codec.values_identity = int.from_bytes(parts["values"][:8], "little")
             codec.values = np.frombuffer(parts["values"][8:], codec.packing.dtype).copy()
         if "statistics" in parts:
             codec.statistics = unpack_arrays(codec.packing.statistics, parts["statistics"])
         return codec
+
+
+def _coarse(flags: int) -> bool:
+    """Whether BatchNorm's statistics have 16 bits: in rotated frames, and in what asks for them."""
+    return bool(flags & (FLAG_ROTATED | FLAG_REPLY_ROTATED))

@@ -18,6 +18,8 @@ __all__ = [
     "FLAG_KEEP",
     "FLAG_POOL",
     "FLAG_REPLY_DELTA",
+    "FLAG_REPLY_ROTATED",
+    "FLAG_ROTATED",
     "FLAG_SPARSE",
     "KIND_DOWN",
     "KIND_UP",
@@ -44,6 +46,11 @@ FLAG_REPLY_DELTA = 16
 
 FLAG_POOL = 32
 """The reply's references are to hold the motion of all weights that follow them."""
+
+FLAG_ROTATED = 64
+"""Values were rotated at random before they were quantised (EDEN)."""
+FLAG_REPLY_ROTATED = 128
+"""Those of the reply are to be."""
 
 _MAGIC = b"CMDF"
 _VERSION = 1

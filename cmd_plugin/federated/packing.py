@@ -269,27 +269,48 @@ def _rows(layout: Layout) -> list[tuple[str, tuple[int, ...], str]]:
     return list(zip(layout.names, layout.shapes, layout.dtypes, strict=True))
 
 
-def pack_arrays(layout: Layout, arrays: Arrays) -> bytes:
-    """Return the bytes of the arrays of a layout, in its order, as they are."""
-    return b"".join(
-        np.ascontiguousarray(arrays[name], dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
-        for name, _, dtype in _rows(layout)
-    )
+def pack_arrays(layout: Layout, arrays: Arrays, *, coarse: bool = False) -> bytes:
+    """Return the bytes of the arrays of a layout, in its order.
+
+    Args:
+        layout: As said.
+        arrays: Name -> array.
+        coarse: Send float32 statistics as bfloat16 (the range of float32, three digits) instead of
+            as they are.
+    """
+    parts = []
+    for name, _, dtype in _rows(layout):
+        array = np.ascontiguousarray(arrays[name], dtype=np.dtype(dtype).newbyteorder("<"))
+        if coarse and _is_coarse(name, dtype):
+            array = torch.from_numpy(array).bfloat16().view(torch.int16).numpy().astype("<i2")
+        parts.append(array.tobytes())
+    return b"".join(parts)
 
 
-def unpack_arrays(layout: Layout, data: bytes) -> dict[str, npt.NDArray[Any]]:
+def _is_coarse(name: str, dtype: str) -> bool:
+    return dtype == "float32" and is_statistic(name)
+
+
+def unpack_arrays(
+    layout: Layout, data: bytes, *, coarse: bool = False
+) -> dict[str, npt.NDArray[Any]]:
     """Read what :func:`pack_arrays` wrote.
 
     Raises:
         FrameError: If the number of bytes differs.
     """
-    kinds = [np.dtype(dtype) for dtype in layout.dtypes]
+    kinds = [
+        np.dtype(np.int16 if coarse and _is_coarse(name, dtype) else dtype)
+        for name, _, dtype in _rows(layout)
+    ]
     expected = sum(size * kind.itemsize for size, kind in zip(layout.sizes, kinds, strict=True))
     if len(data) != expected:
         raise FrameError("raw", f"expected {expected} bytes, got {len(data)}.")
     found, at = {}, 0
-    for (name, shape, _), size, kind in zip(_rows(layout), layout.sizes, kinds, strict=True):
-        flat = np.frombuffer(data, kind.newbyteorder("<"), count=size, offset=at)
-        found[name] = flat.astype(kind).reshape(shape)
+    for (name, shape, dtype), size, kind in zip(_rows(layout), layout.sizes, kinds, strict=True):
+        flat = np.frombuffer(data, kind.newbyteorder("<"), count=size, offset=at).astype(kind)
         at += flat.nbytes
+        if coarse and _is_coarse(name, dtype):
+            flat = torch.from_numpy(flat).view(torch.bfloat16).float().numpy()
+        found[name] = flat.reshape(shape)
     return found

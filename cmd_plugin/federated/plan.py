@@ -16,6 +16,7 @@ import torch
 
 from cmd_plugin.federated.frame import FrameError, NeedResync
 from cmd_plugin.federated.packing import Flat
+from cmd_plugin.federated.quantise import dequantise, quantise, quantised_bytes
 from cmd_plugin.kernels import FlatView
 from cmd_plugin.modes import Layout
 from cmd_plugin.modes.choice import ModeChoice
@@ -24,6 +25,8 @@ from cmd_plugin.modes.tied import TiedWeights
 __all__ = ["Plan"]
 
 _HEAD = struct.Struct("<BHQ")  # bytes of a coefficient, number of references, number of members
+_SHORT = 1
+"""Instead of the bytes of a coefficient: slopes in 8 bits, and no offsets."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -44,6 +47,8 @@ class Plan:
         tied: The set itself, in float64; coefficients are what is sent. None while it is empty.
         embedded: [N] bool, its mask as an array.
         identity: 64-bit identity; 0 while nothing is embedded.
+        short: The last increment in its short form, for who holds the plan before it (its identity
+            comes first) and the values it was made with; None if there is none.
     """
 
     def __init__(self, numel: int) -> None:
@@ -51,6 +56,7 @@ class Plan:
         self.tied: TiedWeights | None = None
         self.embedded = np.zeros(numel, dtype=bool)
         self.identity = 0
+        self.short: tuple[int, bytes] | None = None
         self._chain: list[tuple[int, bytes]] = []
 
     @property
@@ -109,10 +115,14 @@ class Plan:
         references: Indices,
         *,
         half: bool = False,
+        held: Flat | None = None,
     ) -> None:
         """Add members for good.
 
-        Members whose coefficients leave the range of what is sent stay free.
+        Members whose coefficients leave the range of what is sent stay free. With ``held`` slopes
+        are rounded to 8 bits and offsets are not those given: every curve goes through the values
+        that all receivers hold. Two bytes a member are then sent to who holds these values, and
+        nine to others.
 
         Args:
             members: [n] ascending positions that are neither embedded nor references.
@@ -121,6 +131,7 @@ class Plan:
             offset: [n] offsets.
             references: [M] positions of the references, the same at every call.
             half: Send coefficients as float16 (5 bytes a member) instead of float32 (9 bytes).
+            held: [N] values that all receivers hold, float32 or float64.
         """
         kind = np.dtype("<f2" if half else "<f4")
         with np.errstate(over="ignore"):
@@ -130,23 +141,35 @@ class Plan:
         members, mode = members[fits], np.asarray(mode, dtype=np.uint8)[fits]
         if not len(members):
             return
+        self.short = None
         first = references if self.tied is None else references[:0]
         chosen = np.zeros(self.numel, dtype=bool)
         chosen[members] = True
-        increment = b"".join(
-            (
-                _HEAD.pack(kind.itemsize, len(first), len(members)),
-                first.astype("<i8").tobytes(),
-                np.packbits(chosen[~self.embedded]).tobytes(),
-                mode.tobytes(),
-                rounded[0][fits].tobytes(),
-                rounded[1][fits].tobytes(),
-            )
+        who = (
+            first.astype("<i8").tobytes(),
+            np.packbits(chosen[~self.embedded]).tobytes(),
+            mode.tobytes(),
         )
-        self._apply(increment)
+        if held is None:
+            head = _HEAD.pack(kind.itemsize, len(first), len(members))
+            slopes, offsets = (values[fits].tobytes() for values in rounded)
+            self._apply(b"".join((head, *who, slopes, offsets)))
+            return
+        head = _HEAD.pack(_SHORT, len(first), len(members))
+        before = self.identity
+        short = b"".join((head, *who, *quantise(rounded[0][fits].astype(np.float32), 8)))
+        self._apply(self._at_length(short, held))
+        self.short = before, short
 
-    def since(self, identity: int) -> bytes | None:
-        """Return the increments after a plan, joined; None if that plan is not an earlier one."""
+    def since(self, identity: int, *, short: bool = False) -> bytes | None:
+        """Return the increments after a plan, joined; None if that plan is not an earlier one.
+
+        Args:
+            identity: Identity of that plan.
+            short: Whether the receiver holds the values that the last increment was made with.
+        """
+        if short and self.short is not None and identity == self.short[0] != self.identity:
+            return _framed(self.short[1])
         if identity == 0:
             return b"".join(_framed(increment) for _, increment in self._chain)
         for position, (known, _) in enumerate(self._chain):
@@ -154,10 +177,16 @@ class Plan:
                 return b"".join(_framed(item) for _, item in self._chain[position + 1 :])
         return None
 
-    def extend(self, before: int, increments: bytes, after: int) -> None:
+    def extend(self, before: int, increments: bytes, after: int, held: Flat | None = None) -> None:
         """Take increments that continue the plan ``before`` and end in the plan ``after``.
 
         Nothing changes if this plan is ``after`` already.
+
+        Args:
+            before: As said.
+            increments: As said.
+            after: As said.
+            held: [N] values that are held here, for an increment in its short form.
 
         Raises:
             NeedResync: If this plan is neither.
@@ -167,29 +196,34 @@ class Plan:
             return
         if self.identity != before:
             raise NeedResync("plan", f"plan {before:016x} is not known here, resend.")
-        self._apply_all(increments)
+        self._apply_all(increments, held)
         if self.identity != after:
             raise FrameError(
                 "plan", f"it ends in {self.identity:016x}, announced was {after:016x}."
             )
 
-    def _apply_all(self, increments: bytes) -> None:
+    def _apply_all(self, increments: bytes, held: Flat | None = None) -> None:
         at = 0
         while at < len(increments):
             length = int.from_bytes(increments[at : at + 8], "little")
             if at + 8 + length > len(increments):
                 raise FrameError("plan", "an increment is cut short.")
-            self._apply(increments[at + 8 : at + 8 + length])
+            increment = increments[at + 8 : at + 8 + length]
+            self._apply(self._at_length(increment, held))
             at += 8 + length
 
-    def _apply(self, increment: bytes) -> None:
+    def _take_apart(
+        self, increment: bytes
+    ) -> tuple[int, Indices, Indices, npt.NDArray[np.uint8], int]:
+        """Return width, references, members, modes, and where coefficients begin; all checked."""
         if len(increment) < _HEAD.size:
             raise FrameError("plan", "an increment is cut short.")
         width, references, count = _HEAD.unpack_from(increment)
         free = self.free
         bitmap = -(-len(free) // 8)
-        expected = _HEAD.size + 8 * references + bitmap + count * (1 + 2 * width)
-        if width not in (2, 4) or len(increment) != expected:
+        each = sum(quantised_bytes(count, 8)) if width == _SHORT else 2 * width * count
+        expected = _HEAD.size + 8 * references + bitmap + count + each
+        if width not in (_SHORT, 2, 4) or len(increment) != expected:
             raise FrameError("plan", f"an increment has {len(increment)} bytes, not {expected}.")
         at = _HEAD.size
         known = np.frombuffer(increment, "<i8", references, at).astype(np.int64)
@@ -198,8 +232,6 @@ class Plan:
         members = free[flags.astype(bool)]
         at += bitmap
         mode = np.frombuffer(increment, np.uint8, count, at)
-        at += count
-        scale, offset = np.frombuffer(increment, f"<f{width}", 2 * count, at).reshape(2, -1)
         if references and self.tied is not None:
             raise FrameError("plan", "the references are there already, and never change.")
         known = known if self.tied is None else self.references
@@ -209,6 +241,31 @@ class Plan:
             raise FrameError("plan", "members, modes and references do not fit one another.")
         if self.embedded[known].any() or np.isin(known, members).any():
             raise FrameError("plan", "a reference is embedded.")
+        return width, known, members, mode, at + count
+
+    def _at_length(self, increment: bytes, held: Flat | None) -> bytes:
+        """Return a short increment as the one with float32 coefficients that it stands for.
+
+        An offset is :math:`w_i - a_i r` of the held values: the product of two float32 is exact in
+        float64, so that all ends get the same bits.
+        """
+        if increment[:1] != bytes([_SHORT]):
+            return increment
+        if held is None:
+            raise NeedResync("plan", "the values an increment builds on are not known, resend.")
+        _, known, members, mode, at = self._take_apart(increment)
+        end = at + quantised_bytes(len(members), 8)[0]
+        slope = dequantise(increment[at:end], increment[end:], len(members), 8, "plan")
+        with np.errstate(over="ignore", invalid="ignore"):  # refused when it is applied
+            follow = slope.astype(np.float64) * held[known[mode]]
+            offset = (held[members].astype(np.float64) - follow).astype("<f4")
+        head = _HEAD.pack(4, *_HEAD.unpack_from(increment)[1:])
+        who = increment[_HEAD.size : at]
+        return b"".join((head, who, slope.astype("<f4").tobytes(), offset.tobytes()))
+
+    def _apply(self, increment: bytes) -> None:
+        width, known, members, mode, at = self._take_apart(increment)
+        scale, offset = np.frombuffer(increment, f"<f{width}", 2 * len(members), at).reshape(2, -1)
         if not (np.isfinite(scale).all() and np.isfinite(offset).all()):
             raise FrameError("plan", "a coefficient is NaN or infinite.")
         if self.tied is None:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cmd_plugin.federated.eden import dequantise_rotated, quantise_rotated
 from cmd_plugin.federated.frame import (
     FLAG_DELTA,
     FLAG_INDEXED,
+    FLAG_ROTATED,
     FLAG_SPARSE,
     Frame,
     FrameError,
@@ -94,6 +96,8 @@ def encode_values(
     delta: bool = False,
     share: float = 1.0,
     generator: np.random.Generator | None = None,
+    rotation: int | None = None,
+    unbiased: bool = True,
 ) -> EncodedValues:
     """Encode a flat vector [N] at its free positions.
 
@@ -102,15 +106,19 @@ def encode_values(
         free: Positions that are sent.
         references: Positions that are sent in 16 bits when the others are quantised to fewer: a
             rounding error there is multiplied by the slope of every weight that follows.
-        bits: 0, 4 or 8.
+        bits: 0, 4 or 8; with a rotation 1, 2, 4 or 8.
         delta: Whether these are differences.
         share: Share of the free positions that is sent, those with the largest values.
         generator: Source of the stochastic rounding; None rounds to nearest.
+        rotation: Seed of the random rotation before values are quantised (EDEN); None for none.
+        unbiased: As in :func:`quantise_rotated`.
     """
     flags, positions, fine = (FLAG_DELTA if delta else 0), b"", b""
+    if rotation is not None:
+        flags |= FLAG_ROTATED
     if bits:
         free = _without(free, references)
-        fine = b"".join(quantise(flat[references], REFERENCE_BITS, generator))
+        fine = b"".join(quantise(flat[references], _reference_bits(flags), generator))
     values = flat[free]
     if share < 1.0:
         chosen = largest(values, share)
@@ -125,8 +133,16 @@ def encode_values(
         values = values[chosen]
     if not bits:
         return EncodedValues(flags, positions, b"", b"", values.tobytes())
-    codes, scales = quantise(values, bits, generator)
+    if rotation is None:
+        codes, scales = quantise(values, bits, generator)
+    else:
+        codes, scales = quantise_rotated(values, bits, rotation, unbiased=unbiased)
     return EncodedValues(flags, positions, fine, scales, codes)
+
+
+def _reference_bits(flags: int) -> int:
+    """Bits of a reference: of rotated differences 8, whose errors are in scale with the step."""
+    return 8 if flags & FLAG_DELTA and flags & FLAG_ROTATED else REFERENCE_BITS
 
 
 def _without(free: Indices, references: Indices) -> Indices:
@@ -176,7 +192,9 @@ def decode_values(
     header, sections = frame.header, frame.sections
     fine = plan.references if header.bits else plan.references[:0]
     chosen = _chosen(header, sections, _without(free, fine))
-    if header.bits:
+    if header.bits and header.flags & FLAG_ROTATED:
+        values = dequantise_rotated(sections.values, sections.scales, len(chosen), header.bits)
+    elif header.bits:
         values = dequantise(sections.values, sections.scales, len(chosen), header.bits)
     else:
         expected = len(chosen) * dtype.itemsize
@@ -192,8 +210,9 @@ def decode_values(
     else:
         flat[chosen] = values
     if header.bits:
-        size, _ = quantised_bytes(len(fine), REFERENCE_BITS)
+        bits = _reference_bits(header.flags)
+        size, _ = quantised_bytes(len(fine), bits)
         packed = sections.references
-        values = dequantise(packed[:size], packed[size:], len(fine), REFERENCE_BITS, "references")
+        values = dequantise(packed[:size], packed[size:], len(fine), bits, "references")
         flat[fine] = flat[fine] + values if header.flags & FLAG_DELTA else values
     return plan.expand(flat)

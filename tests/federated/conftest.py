@@ -16,6 +16,7 @@ if importlib.util.find_spec("flwr") is None:  # pure tests still run
         "test_composition.py",
         "test_lightning.py",
         "test_refusals.py",
+        "test_rotated.py",
         "test_state.py",
         "test_strategy.py",
         "test_traffic.py",

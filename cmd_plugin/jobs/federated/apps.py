@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -11,14 +11,19 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum, Strategy
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, TensorDataset
 
 from cmd_plugin.data import ImageData, load_dataset
 from cmd_plugin.data.splits import stratified_subset
-from cmd_plugin.federated.baselines import APFStrategy, FedPAQStrategy, TopKStrategy
+from cmd_plugin.federated.baselines import (
+    APFStrategy,
+    EDENStrategy,
+    FedPAQStrategy,
+    TopKStrategy,
+)
 from cmd_plugin.federated.client import cmd_mod
 from cmd_plugin.federated.cmd_strategy import CMDStrategy
 from cmd_plugin.federated.partition import partition_indices
@@ -96,7 +101,7 @@ def initial_arrays(options: SimulateOptions) -> ArrayRecord:
 # -- clients --------------------------------------------------------------------------------------
 
 
-def make_client_app(options: SimulateOptions | None = None) -> ClientApp:
+def make_client_app(options: SimulateOptions | None = None, mods: Sequence[Any] = ()) -> ClientApp:
     """Return a client that trains an image classifier on its part of a data set.
 
     Its part is number ``partition-id`` of the node's configuration. It takes part in every strategy
@@ -105,8 +110,9 @@ def make_client_app(options: SimulateOptions | None = None) -> ClientApp:
 
     Args:
         options: Options of the run; None reads them from Flower's run configuration.
+        mods: Flower mods that see plain arrays, the outermost first.
     """
-    app = ClientApp(mods=[cmd_mod])
+    app = ClientApp(mods=[cmd_mod, *mods])
 
     def of_run(context: Context) -> SimulateOptions:
         return options or SimulateOptions.from_run_config(context.run_config)
@@ -195,13 +201,8 @@ def _fit(
 
 
 def make_strategy(options: SimulateOptions) -> Strategy:
-    """Return the strategy of a run's method, around Flower's FedAvg; it waits for all clients."""
-    inner = FedAvg(
-        fraction_train=options.fraction,
-        fraction_evaluate=0.0,
-        min_train_nodes=options.clients_per_round,
-        min_available_nodes=options.clients,
-    )
+    """Return the strategy of a run's method, around one of Flower's; it waits for all clients."""
+    inner = _aggregation(options)
     if options.method == "fedavg":
         return inner
     most = len(cast(Any, data_of(options).train))  # no client can have more images
@@ -219,6 +220,8 @@ def make_strategy(options: SimulateOptions) -> Strategy:
             warmup=options.warmup,
             samples=options.samples,
             bits=options.bits,
+            coding=options.coding,
+            memory=options.remembers,
             pool=options.pool,
             seed=options.seed,
             max_examples=most,
@@ -234,7 +237,28 @@ def make_strategy(options: SimulateOptions) -> Strategy:
         )
     if options.method == "topk":
         return TopKStrategy(inner, share=options.topk, max_examples=most)
+    if options.method == "eden":
+        return EDENStrategy(
+            inner, bits=options.bits or 2, memory=options.remembers, max_examples=most
+        )
     return FedPAQStrategy(inner, bits=options.bits or 8, max_examples=most)
+
+
+def _aggregation(options: SimulateOptions) -> Strategy:
+    """Return Flower's strategy that joins the updates."""
+    sampling: dict[str, Any] = {
+        "fraction_train": options.fraction,
+        "fraction_evaluate": 0.0,
+        "min_train_nodes": options.clients_per_round,
+        "min_available_nodes": options.clients,
+    }
+    if options.aggregate == "median":
+        return FedMedian(**sampling)
+    if options.aggregate == "trimmed":
+        return FedTrimmedAvg(beta=options.malicious / options.clients_per_round, **sampling)
+    if options.aggregate == "krum":
+        return Krum(num_malicious_nodes=options.malicious, **sampling)
+    return FedAvg(**sampling)
 
 
 class OrderedGrid(MeteredGrid):

@@ -11,9 +11,10 @@ from cmd_plugin.federated.partition import parse_partition
 from cmd_plugin.jobs.image_options import DATA_PANEL, ImageOptions
 from cmd_plugin.runs.options import option, option_fields
 
-__all__ = ["METHODS", "SimulateOptions"]
+__all__ = ["AGGREGATES", "METHODS", "SimulateOptions"]
 
-METHODS = ("fedavg", "cmd", "apf", "a-apf", "topk", "fedpaq")
+AGGREGATES = ("average", "median", "trimmed", "krum")
+METHODS = ("fedavg", "cmd", "apf", "a-apf", "topk", "fedpaq", "eden")
 
 _FEDERATION = "Federation"
 _METHOD = "Method"
@@ -63,8 +64,22 @@ class SimulateOptions(ImageOptions):
         0.0, "Its momentum, from zero each round.", panel=_FEDERATION, at_least=0, below=1
     )
     weight_decay: float = option(0.0, "Its weight decay.", panel=_FEDERATION, at_least=0)
+    aggregate: str = option(
+        "average",
+        "How the server joins updates: average (FedAvg), or against clients that mean harm median, "
+        "trimmed (mean), krum.",
+        panel=_FEDERATION,
+        choices=AGGREGATES,
+    )
+    malicious: int = option(
+        1,
+        "trimmed, krum: clients of a round that may mean harm.",
+        panel=_FEDERATION,
+        at_least=1,
+        only={"aggregate": ("trimmed", "krum")},
+    )
     method: str = option(
-        "cmd", "fedavg, cmd, apf, a-apf, topk or fedpaq.", panel=_METHOD, choices=METHODS
+        "cmd", "fedavg, cmd, apf, a-apf, topk, fedpaq or eden.", panel=_METHOD, choices=METHODS
     )
     warmup: int = option(
         8,
@@ -124,9 +139,24 @@ class SimulateOptions(ImageOptions):
     )
     bits: int | None = option(
         None,
-        "cmd: 8 or 4 bits a value, both ways; fedpaq: on the way up (8).",
+        "cmd, eden (2): 8, 4, 2 or 1 bits a value, both ways; fedpaq (8): 8 or 4, on the way up.",
         panel=_METHOD,
-        only={"method": ("cmd", "fedpaq")},
+        only={"method": ("cmd", "eden", "fedpaq")},
+    )
+    coding: str = option(
+        "eden",
+        "cmd with bits: eden (differences, rotated at random), or linear (blocks, 8 or 4 bits).",
+        panel=_METHOD,
+        choices=("linear", "eden"),
+        only=_CMD,
+    )
+    memory: bool = option(
+        True,
+        "eden, cmd with bits: clients remember the model they were sent and get what changed; "
+        "otherwise the weights in 8 bits. Has no effect with a fraction below 1.",
+        panel=_METHOD,
+        off="no-memory",
+        only={"method": ("cmd", "eden")},
     )
     topk: float = option(
         0.1,
@@ -170,8 +200,20 @@ class SimulateOptions(ImageOptions):
     def check_together(self) -> None:
         """Refuse what single bounds cannot say."""
         parse_partition(self.partition)
-        if self.bits not in (None, 4, 8):
-            raise InputError(f"--bits must be 4 or 8, got {self.bits}.")
+        rotated = self.method == "eden" or (self.method == "cmd" and self.coding == "eden")
+        allowed = (1, 2, 4, 8) if rotated else (4, 8)
+        if self.bits is not None and self.bits not in allowed:
+            *first, last = allowed
+            raise InputError(
+                f"--bits must be {', '.join(map(str, first))} or {last}, got {self.bits}."
+            )
+        others = {"trimmed": 2 * self.malicious + 1, "krum": 2 * self.malicious + 3}
+        least = others.get(self.aggregate, 1)
+        if self.clients_per_round < least:
+            raise InputError(
+                f"--aggregate {self.aggregate} with --malicious {self.malicious} needs at least "
+                f"{least} clients in a round, got {self.clients_per_round}."
+            )
         if self.method == "cmd" and self.rounds <= self.warmup:
             raise InputError(
                 f"--rounds must be above --warmup ({self.warmup}), got {self.rounds}: modes are "
@@ -183,13 +225,18 @@ class SimulateOptions(ImageOptions):
         """Number of clients that take part in a round, at least one."""
         return max(1, round(self.fraction * self.clients))
 
+    @property
+    def remembers(self) -> bool:
+        """Whether clients are sent differences: with few in a round, most would be out of date."""
+        return self.memory and self.clients_per_round == self.clients
+
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> SimulateOptions:
         """Return the options in a Flower run configuration.
 
         Names have dashes for underscores; others are left alone; an empty text or 0 stands for None
-        where that is allowed, because Flower's configurations know no None. Options of other
-        methods than the one chosen are left out: an app has to list all that may ever be set.
+        where that is allowed, because Flower's configurations know no None. Options that have no
+        effect with the method chosen are left out: an app has to list all that may ever be set.
 
         Raises:
             InputError: If an option is out of range.
@@ -201,8 +248,8 @@ class SimulateOptions(ImageOptions):
             if name in run_config:
                 value = run_config[name]
                 given[field.name] = None if field.default is None and not value else value
-        method = given.get("method", cls.method)
         for field, _, about in fields:
-            if method not in about.only.get("method", (method,)):
-                given.pop(field.name, None)
+            for name, allowed in about.only.items():
+                if given.get(name, getattr(cls, name)) not in allowed:
+                    given.pop(field.name, None)
         return cls(**given)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from cmd_plugin.errors import InputError
+from cmd_plugin.federated.cmd_strategy import CODINGS
 from cmd_plugin.federated.codec import PROJECTIONS
+from cmd_plugin.federated.eden import EDEN_BITS
 from cmd_plugin.federated.quantise import BITS
 from cmd_plugin.jobs.federated.options import METHODS, SimulateOptions
 from cmd_plugin.runs.options import option_fields
@@ -18,7 +20,7 @@ from cmd_plugin.runs.options import option_fields
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"method": "sgd"}, "--method must be one of fedavg, cmd, apf, a-apf, topk, fedpaq"),
+        ({"method": "sgd"}, "--method must be one of fedavg, cmd, apf, a-apf, topk, fedpaq, eden"),
         ({"engine": "dask"}, "--engine must be one of inprocess, ray, got dask"),
         ({"project": "round"}, "--project must be one of epoch, step, tie"),
         ({"clients": 0}, "--clients must be at least 1, got 0"),
@@ -28,8 +30,20 @@ from cmd_plugin.runs.options import option_fields
         ({"momentum": 1.0}, "--momentum must be at least 0 and below 1"),
         ({"warmup": 1}, "--warmup must be at least 2, got 1"),
         ({"embed_percent": 101.0}, "--embed-percent must be above 0 and at most 100"),
-        ({"bits": 16}, "--bits must be 4 or 8, got 16"),
-        ({"bits": 5}, "--bits must be 4 or 8, got 5"),
+        ({"bits": 16}, "--bits must be 1, 2, 4 or 8, got 16"),
+        ({"method": "eden", "bits": 5}, "--bits must be 1, 2, 4 or 8, got 5"),
+        ({"coding": "linear", "bits": 2}, "--bits must be 4 or 8, got 2"),
+        ({"method": "fedpaq", "bits": 1}, "--bits must be 4 or 8, got 1"),
+        ({"coding": "zip"}, "--coding must be one of linear, eden"),
+        ({"aggregate": "mean"}, "--aggregate must be one of average, median, trimmed, krum"),
+        (
+            {"aggregate": "krum", "malicious": 4},
+            "--aggregate krum with --malicious 4 needs at least 11 clients in a round, got 10",
+        ),
+        (
+            {"aggregate": "trimmed", "malicious": 5},
+            "--aggregate trimmed with --malicious 5 needs at least 11 clients",
+        ),
         ({"lr": float("nan")}, "--lr must be above 0"),
         ({"embed_percent": 0.0}, "--embed-percent must be above 0"),
         ({"rounds": 5, "warmup": 5}, r"--rounds must be above --warmup \(5\), got 5"),
@@ -49,6 +63,8 @@ def test_out_of_range_is_one_sentence(options: dict[str, Any], sentence: str) ->
     [
         ("fedavg", {"bits": 8}),
         ("topk", {"bits": 8}),
+        ("eden", {"coding": "linear"}),
+        ("fedpaq", {"memory": False}),
         ("cmd", {"topk": 0.2}),
         ("cmd", {"apf_threshold": 0.1}),
         ("topk", {"apf_decay": 0.5}),
@@ -77,6 +93,21 @@ def test_an_option_of_another_method_is_refused(method: str, options: dict[str, 
     assert SimulateOptions(method=allowed, **options).as_dict()[name] == options[name]
 
 
+def test_malicious_clients_are_counted_by_two_of_the_aggregates() -> None:
+    with pytest.raises(InputError, match="--malicious has an effect only with --aggregate"):
+        SimulateOptions(malicious=2)
+    config = {"malicious": 2, "aggregate": "median"}
+    assert SimulateOptions.from_run_config(config) == SimulateOptions(aggregate="median")
+    config["aggregate"] = "krum"
+    assert SimulateOptions.from_run_config(config).malicious == 2
+
+
+def test_few_of_the_clients_in_a_round_remember_nothing() -> None:
+    assert SimulateOptions(bits=1).remembers
+    assert not SimulateOptions(bits=1, memory=False).remembers
+    assert not SimulateOptions(bits=1, fraction=0.5).remembers
+
+
 def test_what_may_differ_when_a_run_is_resumed() -> None:
     options = SimulateOptions()
     assert set(options.as_dict()) - set(options.deciding()) == {"data_root", "engine", "threads"}
@@ -86,8 +117,12 @@ def test_choices_are_those_of_the_room() -> None:
     fields = {field.name: about for field, _, about in option_fields(SimulateOptions)}
     assert fields["project"].choices == PROJECTIONS
     assert fields["method"].choices == METHODS
+    assert fields["coding"].choices == CODINGS
     for bits in BITS:
+        assert SimulateOptions(bits=bits, coding="linear").bits == bits
+    for bits in EDEN_BITS:
         assert SimulateOptions(bits=bits).bits == bits
+        assert SimulateOptions(bits=bits, method="eden").bits == bits
 
 
 def test_an_apps_configuration() -> None:

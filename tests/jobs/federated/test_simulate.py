@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import FedAvg
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum
 from safetensors.torch import load_file
 
 from cmd_plugin.errors import InputError
@@ -70,7 +70,7 @@ def test_fedavg_is_flowers_fedavg_bit_for_bit() -> None:
     assert summary["embedded_fraction"] == 0.0
 
 
-@pytest.mark.parametrize("method", ["cmd", "apf", "a-apf", "topk", "fedpaq"])
+@pytest.mark.parametrize("method", ["cmd", "apf", "a-apf", "topk", "fedpaq", "eden"])
 def test_every_method_runs_and_counts(method: str) -> None:
     chosen = QUICK if method == "cmd" else SMALL
     summary = run(SimulateOptions(**chosen, method=method), None).metrics
@@ -91,6 +91,50 @@ def test_fedavg_bytes_are_those_of_a_fedavg_run() -> None:
     letters = len("float64") - len("int64")
     messages = 3 * (5 - 1)  # on the way down, from the second round on; equal counters are one
     assert plain["fedavg_bytes"] - framed["fedavg_bytes"] == letters * messages
+
+
+@pytest.mark.parametrize("method", ["eden", "cmd"])
+def test_bytes_are_those_of_the_serialised_messages(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 1, 2, 4 and 8 bits: every message is taken apart by Flower's own means."""
+    module = pytest.importorskip("flwr.supercore.inflatable.inflatable_object")
+    real = InProcessGrid.send_and_receive
+    counted = [0, 0]
+
+    def size(message: Message) -> int:
+        return sum(len(x.deflate()) for x in module.get_all_nested_objects(message).values())
+
+    def send_and_receive(grid: InProcessGrid, messages: Any, *, timeout: Any = None) -> Any:
+        sent = list(messages)
+        train = [m.metadata.message_type == "train" for m in sent]
+        counted[0] += sum(size(m) for m, t in zip(sent, train, strict=True) if t)
+        replies = list(real(grid, sent, timeout=timeout))
+        counted[1] += sum(size(r) for r, t in zip(replies, train, strict=True) if t)
+        return replies
+
+    monkeypatch.setattr(InProcessGrid, "send_and_receive", send_and_receive)
+    chosen = {**(QUICK if method == "cmd" else SMALL), "method": method}
+    chosen |= {"clients": 2, "rounds": 4, "train_limit": 40, "test_limit": 20}
+    totals = []
+    for bits in (1, 2, 4, 8):
+        counted[:] = 0, 0
+        found = run(SimulateOptions(**chosen, bits=bits), None).metrics
+        assert [found["bytes_down"], found["bytes_up"]] == counted
+        totals.append(sum(counted))
+    assert totals == sorted(totals)
+    assert totals[0] < 0.5 * totals[-1]
+
+
+@pytest.mark.parametrize("aggregate", ["median", "trimmed", "krum"])
+def test_robust_rounds(aggregate: str) -> None:
+    options = {**QUICK, "clients": 5, "aggregate": aggregate, "bits": 2}
+    strategy = make_strategy(SimulateOptions(**options))
+    expected = {"median": FedMedian, "trimmed": FedTrimmedAvg, "krum": Krum}[aggregate]
+    assert type(strategy.inner) is expected
+    result = run(SimulateOptions(**options), None)
+    assert result.metrics["refusals"] == []
+    assert result.metrics["embedded_fraction"] > 0.3
 
 
 def test_files(tmp_path: Path) -> None:
@@ -219,7 +263,7 @@ def test_a_round_without_any_update_fails(method: str, monkeypatch: pytest.Monke
         run(SimulateOptions(**chosen, method=method), None)
 
 
-@pytest.mark.parametrize("method", ["cmd", "apf", "topk", "fedpaq"])
+@pytest.mark.parametrize("method", ["cmd", "apf", "topk", "fedpaq", "eden"])
 def test_no_client_can_claim_more_images_than_there_are(method: str) -> None:
     strategy = make_strategy(
         SimulateOptions(**(QUICK if method == "cmd" else SMALL), method=method)
