@@ -1,6 +1,6 @@
 """Triton path of ``assign_and_fit``: one pass, T values read and 13 bytes written a weight.
 
-A program holds 1024 weights. It walks over their T snapshots once for the mean and once more for
+A program holds 512 weights. It walks over their T snapshots once for the mean and once more for
 every ten modes; after the first walk they are in the cache. All sums stay in registers, one
 weight to a lane, so there is no shared memory, no barrier, and neither T nor M is padded or
 compiled in. Products are IEEE multiply-adds in the dtype of the result, never TF32.
@@ -18,7 +18,7 @@ from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
 
 __all__ = ["assign_and_fit"]
 
-_BLOCK = 1024
+_BLOCK = 512
 _GROUP = 10  # modes whose products are summed in one walk
 
 

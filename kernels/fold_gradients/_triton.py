@@ -1,6 +1,6 @@
 """Triton path of ``fold_gradients``: sums of a program and mode, then over programs in order.
 
-A program walks over its share once for every eight modes, whose sums stay in registers, a float64
+A program walks over its share once for every ten modes, whose sums stay in registers, a float64
 for each lane; it writes them once. No atomics: floating sums in any order would differ between
 processes that must keep equal weights.
 """
@@ -16,7 +16,7 @@ from cmd_plugin.kernels._triton import launch
 
 __all__ = ["fold_gradients"]
 
-_BLOCK = 512  # two lanes a thread: eight float64 sums of each are 32 registers
+_BLOCK = 512  # two lanes a thread: ten float64 sums of each are 40 registers
 _PROGRAMS = 4096  # enough to fill a GPU
 
 
@@ -36,7 +36,7 @@ def _fold(
 ):
     program = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    for group in range(0, modes, 8):
+    for group in range(0, modes, 10):
         s0 = tl.zeros([BLOCK], dtype=tl.float64)
         s1 = tl.zeros([BLOCK], dtype=tl.float64)
         s2 = tl.zeros([BLOCK], dtype=tl.float64)
@@ -45,6 +45,8 @@ def _fold(
         s5 = tl.zeros([BLOCK], dtype=tl.float64)
         s6 = tl.zeros([BLOCK], dtype=tl.float64)
         s7 = tl.zeros([BLOCK], dtype=tl.float64)
+        s8 = tl.zeros([BLOCK], dtype=tl.float64)
+        s9 = tl.zeros([BLOCK], dtype=tl.float64)
         block = program
         while block < blocks:
             at = (first + block) * BLOCK + lane
@@ -62,7 +64,9 @@ def _fold(
             s5 += tl.where(m == group + 5, part, 0.0)
             s6 += tl.where(m == group + 6, part, 0.0)
             s7 += tl.where(m == group + 7, part, 0.0)
-            if group + 8 >= modes:
+            s8 += tl.where(m == group + 8, part, 0.0)
+            s9 += tl.where(m == group + 9, part, 0.0)
+            if group + 10 >= modes:
                 # What is stored depends on what was loaded: plain zeros may be stored in another
                 # layout, and then one warp zeroes what another has yet to read.
                 tl.store(gradient + at, tl.where(chosen, tl.zeros_like(g), g), ok)
@@ -76,6 +80,8 @@ def _fold(
         tl.store(own + 5, tl.sum(s5), group + 5 < modes)
         tl.store(own + 6, tl.sum(s6), group + 6 < modes)
         tl.store(own + 7, tl.sum(s7), group + 7 < modes)
+        tl.store(own + 8, tl.sum(s8), group + 8 < modes)
+        tl.store(own + 9, tl.sum(s9), group + 9 < modes)
 
 
 def fold_gradients(
