@@ -147,6 +147,13 @@ def measure_decompose(numel: int, samples: int, threads: int) -> dict[str, Any]:
     }
 
 
+def small_tensors() -> nn.ParameterList:
+    """Return 400 parameters of some hundred values each."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(32, 1024, (400,), generator=generator).tolist()
+    return nn.ParameterList(nn.Parameter(torch.randn(size)) for size in sizes)
+
+
 def networks(quick: bool) -> dict[str, Callable[[], nn.ParameterList]]:
     """Return the parameter sets an update is timed on."""
 
@@ -155,12 +162,7 @@ def networks(quick: bool) -> dict[str, Callable[[], nn.ParameterList]]:
 
         return nn.ParameterList(build().parameters())
 
-    def small() -> nn.ParameterList:
-        generator = torch.Generator().manual_seed(0)
-        sizes = torch.randint(32, 1024, (400,), generator=generator).tolist()
-        return nn.ParameterList(nn.Parameter(torch.randn(size)) for size in sizes)
-
-    return {"400 small tensors": small} | ({} if quick else {"ResNet-50": resnet50})
+    return {"400 small tensors": small_tensors} | ({} if quick else {"ResNet-50": resnet50})
 
 
 def measure_update(name: str, quick: bool, threads: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 
 from cmd_plugin.errors import InputError, MissingDependency, require
 
-__all__ = ["VARIABLE", "Backend", "choose", "interpreting", "last_backend"]
+__all__ = ["VARIABLE", "Backend", "choose", "compiles", "interpreting", "last_backend"]
 
 Backend = Literal["auto", "torch", "numba", "triton"]
 
@@ -69,7 +69,8 @@ def choose(
         kernel: Name of the kernel.
         backend: What the caller asked for.
         device: Where the tensors are.
-        numel: Number of weights; only numba asks.
+        numel: Number of weights; only numba asks, because loading it takes a second. A kernel that
+            is called once in a run and not once a snapshot gives less.
         numba: Whether the compiled CPU path can address these arguments; None if the kernel has
             none.
         library: CPU library that has this primitive for these arguments, if any.
@@ -101,6 +102,14 @@ def choose(
     _last.pop(kernel, None)
     _last[kernel] = backend
     return backend
+
+
+def compiles(device: torch.device, numel: int) -> bool:
+    """Whether ``"auto"`` means the compiled CPU path for contiguous weights in a fitting dtype."""
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted in ("torch", "triton") or device.type != "cpu":
+        return False
+    return wanted == "numba" or _automatic(device, numel, True, True, None) == "numba"
 
 
 def _require_numba(asked: str, kernel: str, addressable: bool | None) -> None:

@@ -33,5 +33,17 @@ def in_threads(work: Callable[[_Job], _Result], jobs: Sequence[_Job], numel: int
     threads = 1 if numel < _ALONE else min(torch.get_num_threads(), len(jobs))
     if threads <= 1:
         return [work(job) for job in jobs]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, jobs))
+    results: dict[int, _Result] = {}
+    left = iter(range(len(jobs)))
+
+    def take() -> None:
+        for number in left:
+            results[number] = work(jobs[number])
+
+    # The caller is one of them: starting a thread takes as long as some thousand weights.
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(take) for _ in range(threads - 1)]
+        take()
+        for other in others:
+            other.result()
+    return [results[number] for number in range(len(jobs))]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cmd_plugin.errors import InputError, PluginError
 from cmd_plugin.kernels import FlatView
+from cmd_plugin.kernels.background import load_in_background
 from cmd_plugin.kernels.update_affine import accepts, can_follow
 from cmd_plugin.modes.decomposition import Decomposition
 from cmd_plugin.modes.embedding import Embedder, check_embedding
@@ -136,6 +137,14 @@ class OnlineModes:
         self._embedder: Embedder | None = None  # beside the tracker, if weights are embedded
         self._source = WeightSource(self.layout, self._model)
         self._swapped = False
+        load_in_background(
+            self._model,
+            self.layout.numel,
+            self.layout.state_dtype,
+            snapshots=warmup + 1,
+            modes=modes,
+            embedding=embedding is not None,
+        )
 
     # -- a run goes on -----------------------------------------------------------------------------
 

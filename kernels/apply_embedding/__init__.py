@@ -49,23 +49,22 @@ def apply_embedding(
     arrays: dict[str, Tensor | None] = {"scale": scale, "offset": offset}
     require_state(view.numel, view.dtype, mode, arrays, {"profile": profile}, view.device)
     require_vector("embedded", embedded, view.numel, torch.bool, view.device)
-    pieces = view.pieces()
     chosen = choose(
         "apply_embedding",
         backend,
         view.device,
         view.numel,
-        numba=pieces is not None,
+        numba=view.pieces() is not None,
         triton=view.addressable,
     )
     if chosen == "triton":
         from cmd_plugin.kernels.apply_embedding import _triton
 
         _triton.apply_embedding(view, embedded, mode, scale, offset, profile)
-    elif chosen == "numba" and pieces is not None:
+    elif chosen == "numba":
         from cmd_plugin.kernels.apply_embedding import _numba
 
-        _numba.apply_embedding(pieces, embedded, mode, scale, offset, profile)
+        _numba.apply_embedding(view, embedded, mode, scale, offset, profile)
     else:
         _blocked.apply_embedding(view, embedded, mode, scale, offset, profile)
 

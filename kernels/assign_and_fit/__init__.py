@@ -12,7 +12,7 @@ from cmd_plugin.kernels._dispatch import Backend, choose
 from cmd_plugin.kernels.assign_and_fit import _blocked
 from cmd_plugin.kernels.assign_and_fit.reference import UNIT_ROUNDOFF
 
-__all__ = ["AffineFit", "assign_and_fit"]
+__all__ = ["AffineFit", "assign_and_fit", "effort"]
 
 
 class AffineFit(NamedTuple):
@@ -95,7 +95,7 @@ def assign_and_fit(
         "assign_and_fit",
         backend,
         trajectory.device,
-        numel,
+        effort(numel, snapshots, len(profiles)),
         numba=trajectory.device.type == "cpu" and _compilable(trajectory, base, fit.mean.dtype),
     )
     if chosen == "triton":
@@ -109,6 +109,15 @@ def assign_and_fit(
     else:
         _blocked.assign_and_fit(trajectory, profiles, base, fit)
     return fit
+
+
+def effort(numel: int, snapshots: int, modes: int) -> int:
+    """Return the N of a call a snapshot for which compiled code is worth as much as for one fit.
+
+    A fit is made once in a run. Loading its compiled code takes a second, and five the first time
+    ever; what it gains is some 0.1 ns a weight, snapshot and mode.
+    """
+    return numel * snapshots * modes >> 14
 
 
 def _allocate(trajectory: Tensor, base: Tensor | None) -> AffineFit:

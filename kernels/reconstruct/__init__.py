@@ -88,13 +88,12 @@ def reconstruct_into(
     tables = {"step": step, "energy": energy}
     require_state(view.numel, view.dtype, mode, arrays, tables, view.device)
     require_pair(total, energy)
-    pieces = view.pieces()
     chosen = choose(
         "reconstruct",
         backend,
         view.device,
         view.numel,
-        numba=pieces is not None,
+        numba=view.pieces() is not None,
         triton=view.addressable,
     )
     if chosen == "triton":
@@ -106,10 +105,10 @@ def reconstruct_into(
             _triton.reconstruct_vector(alone.view(-1), *arguments)
         else:
             _triton.reconstruct(view, mode, slope, mean, step, total, energy)
-    elif chosen == "numba" and pieces is not None:
+    elif chosen == "numba":
         from cmd_plugin.kernels.reconstruct import _numba
 
-        _numba.reconstruct(pieces, mode, slope, mean, step, total, energy)
+        _numba.reconstruct(view, mode, slope, mean, step, total, energy)
     else:
         _blocked.reconstruct(view, mode, slope, mean, step, total, energy)
 

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from torch import Tensor
 
-from cmd_plugin.kernels._numba import CHUNK, array, exact, model_chunk, numbers
-from cmd_plugin.kernels._threads import in_threads
+from cmd_plugin.kernels._numba import SPAN, array, exact, in_shares, pair_table, two_bytes, vector
+from cmd_plugin.kernels.flat_view import FlatView
 
 __all__ = ["reconstruct"]
 
 
 @exact
-def _fill(mode, slope, mean, total, step, energy, out):
-    moved = np.empty(CHUNK, dtype=mean.dtype)
-    for start in range(0, mode.size, CHUNK):
-        stop = min(start + CHUNK, mode.size)
-        model_chunk(
-            mode[start:stop],
-            slope[start:stop],
-            mean[start:stop],
-            total[start:stop],
-            step,
-            energy,
-            moved,
-            out[start:stop],
-        )
+def _fill(addresses, starts, low, high, mode, slope, mean, total, steps, energies):
+    pairs, others = np.empty(SPAN // 2, steps.dtype), np.empty(SPAN // 2, steps.dtype)
+    moved, energy = pairs.view(mean.dtype), others.view(mean.dtype)
+    modes = mode.ctypes.data
+    zero, one = mean.dtype.type(0.0), mean.dtype.type(1.0)
+    for piece in range(low, high):
+        first, size = starts[piece], starts[piece + 1] - starts[piece]
+        out = vector(addresses[piece], size, mean)
+        for at in range(0, size, SPAN):
+            n, start = min(SPAN, size - at), first + at
+            for i in range(n // 2):
+                pairs[i] = steps[two_bytes(modes + start + 2 * i)]
+            if n % 2:
+                pairs[n // 2] = steps[mode[start + n - 1]]
+            if energies.size:
+                for i in range(n // 2):
+                    others[i] = energies[two_bytes(modes + start + 2 * i)]
+                if n % 2:
+                    others[n // 2] = energies[mode[start + n - 1]]
+                for i in range(n):
+                    j = np.uintp(start + i)
+                    share = energy[i] * slope[j] * slope[j] / total[j]
+                    share = one if share > one else share
+                    # NaN too: 0 / 0 of a weight that never moved
+                    moved[i] *= share if share > zero else zero
+            for i in range(n):
+                j = np.uintp(start + i)
+                out[np.uintp(at + i)] = mean[j] + moved[i] * slope[j]
 
 
 def reconstruct(
-    pieces: Sequence[tuple[Tensor, int, int]],
+    weights: FlatView,
     mode: Tensor,
     slope: Tensor,
     mean: Tensor,
@@ -39,13 +51,7 @@ def reconstruct(
     total: Tensor | None,
     energy: Tensor | None,
 ) -> None:
-    """See :func:`cmd_plugin.kernels.reconstruct`; ``pieces`` are (values, start, stop)."""
-    modes, slopes, means = mode.numpy(), slope.numpy(), mean.numpy()
-    totals, steps, energies = array(total, mean), numbers(step, mean), numbers(energy, mean)
-
-    def run(piece: tuple[Tensor, int, int]) -> None:
-        values, start, stop = piece
-        at = slice(start, stop)
-        _fill(modes[at], slopes[at], means[at], totals[at], steps, energies, values.numpy())
-
-    in_threads(run, pieces, mean.numel())
+    """See :func:`cmd_plugin.kernels.reconstruct_into`; all weights contiguous, in its dtype."""
+    state = (mode.numpy(), slope.numpy(), mean.numpy(), array(total, mean))
+    tables = (pair_table(step, mean), pair_table(energy, mean))
+    in_shares(weights, lambda *share: _fill(*share, *state, *tables))

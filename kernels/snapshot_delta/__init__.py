@@ -52,7 +52,6 @@ def snapshot_delta(
         raise ShapeError(f"out must be floating, got {out.dtype}.")
     require_vector("out", out, view.numel, out.dtype, out.device)
     require_vector("base", base, view.numel, view.dtype, out.device)
-    pieces = view.pieces()
     cpu = view.device.type == "cpu" and out.device.type == "cpu"
     here = view.device == out.device
     chosen = choose(
@@ -60,17 +59,20 @@ def snapshot_delta(
         backend,
         view.device if here else torch.device("cpu"),
         view.numel,
-        numba=pieces is not None and cpu and base is not None and out.dtype == torch.bfloat16,
+        numba=view.pieces() is not None
+        and cpu
+        and base is not None
+        and out.dtype == torch.bfloat16,
         triton=view.addressable,
     )
     if chosen == "triton":
         from cmd_plugin.kernels.snapshot_delta import _triton
 
         _triton.snapshot_delta(view, base, out)
-    elif chosen == "numba" and pieces is not None and base is not None:
+    elif chosen == "numba" and base is not None:
         from cmd_plugin.kernels.snapshot_delta import _numba
 
-        _numba.snapshot_delta(pieces, base, out)
+        _numba.snapshot_delta(view, base, out)
     else:
         _blocked.snapshot_delta(view, base, out)
     return out

@@ -64,13 +64,12 @@ def swap_in(
     require_state(view.numel, view.dtype, mode, arrays, tables, view.device)
     require_pair(total, energy)
     require_backup(view, kept_view)
-    pieces = view.pieces()
     chosen = choose(
         "swap_in",
         backend,
         view.device,
         view.numel,
-        numba=pieces is not None,
+        numba=view.pieces() is not None,
         triton=view.addressable and kept_view.addressable,
     )
     if chosen == "triton":
@@ -80,10 +79,10 @@ def swap_in(
         return
     # Writing the model reads no weight: on a CPU two passes move as many bytes as one would.
     _blocked.copy(view, kept_view)
-    if chosen == "numba" and pieces is not None:
+    if chosen == "numba":
         from cmd_plugin.kernels.reconstruct import _numba
 
-        _numba.reconstruct(pieces, mode, slope, mean, step, total, energy)
+        _numba.reconstruct(view, mode, slope, mean, step, total, energy)
     else:
         _blocked.reconstruct(view, mode, slope, mean, step, total, energy)
 
