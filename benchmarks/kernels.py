@@ -1,6 +1,6 @@
 """How close is every kernel to the bandwidth of its device, and how far from plain PyTorch?
 
-    python -m benchmarks.kernels                  # N = 1e7, two threads; some minutes
+    python -m benchmarks.kernels                  # N = 1e7, on one thread and on two; some minutes
     python -m benchmarks.kernels --sizes 100000000 1000000000    # on a GPU
     python -m benchmarks.kernels --quick          # N = 1e6, no torch.compile, nothing is written
 
@@ -29,26 +29,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000_000])
     parser.add_argument("--kernel", action="append", choices=KERNELS, default=[])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=None, help="1 2 on a CPU")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--quick", action="store_true", help="small, nothing is written")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     gpu = torch.cuda.is_available() and options.device != "cpu"
     if not gpu:
         print("no CUDA device here: Triton's kernels are not measured, only the CPU's paths.")
-    machine = describe_machine()
+    counts = options.threads or ([2] if gpu else [1, 2])
     rows: list[dict[str, Any]] = []
 
     def take(found: Iterator[dict[str, Any]]) -> None:
+        machine = describe_machine()
         for row in found:
             rows.append({**row, **machine})
-            print(json.dumps(row))
+            print(json.dumps({**row, "threads": machine["threads"]}))
 
     for size in [1_000_000] if options.quick else options.sizes:
-        compiled = not (options.quick or options.no_compile)
-        take(measure_kernels(size, options.kernel, device=options.device, compiled=compiled))
+        for threads in counts:
+            torch.set_num_threads(threads)
+            last = threads == counts[-1]  # torch.compile takes minutes
+            compiled = last and not (options.quick or options.no_compile)
+            take(measure_kernels(size, options.kernel, device=options.device, compiled=compiled))
     if not options.quick:
         options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / f"kernels_{'cuda' if gpu else 'cpu'}.jsonl"

@@ -80,7 +80,12 @@ def pair_table(table: Tensor | None, like: Tensor) -> _Numbers:
     return pairs.view(np.uint64 if values.dtype == np.float32 else np.complex128).reshape(-1)
 
 
-def in_shares(weights: FlatView, work: Callable[[_Numbers, _Numbers, int, int], None]) -> None:
+def in_shares(
+    weights: FlatView,
+    work: Callable[[_Numbers, _Numbers, int, int], None],
+    *,
+    backwards: bool = False,
+) -> None:
     """Do the work of all pieces of contiguous weights, in threads, a share of them at a time.
 
     Short shares, taken as threads get free: after an optimizer's step PyTorch's own threads keep a
@@ -90,13 +95,14 @@ def in_shares(weights: FlatView, work: Callable[[_Numbers, _Numbers, int, int], 
         weights: Weights that have addresses.
         work: Is given the address and the flat position of every piece, and from which piece to
             which it has to go. Releases the interpreter lock.
+        backwards: Whether to begin with the last share.
     """
     addresses, starts = weights.addresses()
     count = max(1, weights.numel // _SHARE)
     bounds = [0, addresses.size]
     if count > 1:
         bounds = np.searchsorted(starts[:-1], np.linspace(0, weights.numel, count + 1)).tolist()
-    shares = list(pairwise(bounds))
+    shares = list(pairwise(bounds))[:: -1 if backwards else 1]
     in_threads(lambda share: work(addresses, starts, *share), shares, weights.numel)
 
 

@@ -62,7 +62,7 @@ def _update(addresses, starts, low, high, mode, slope, mean, total, gains, blend
 @compiled
 def _square(addresses, starts, low, high, like, out):
     """Sum four quarters of a piece side by side: one stream of memory is slow to arrive."""
-    for piece in range(low, high):
+    for piece in range(high - 1, low - 1, -1):
         size = starts[piece + 1] - starts[piece]
         weights = vector(addresses[piece], size, like)
         quarter = np.uintp(size // 4)
@@ -106,5 +106,7 @@ def sum_of_squares(weights: FlatView) -> float:
     """See :meth:`FlatView.sum_of_squares`; all weights contiguous in the view's dtype."""
     like = torch.empty(0, dtype=weights.dtype).numpy()
     squares = np.empty(weights.addresses()[0].size)
-    in_shares(weights, lambda *share: _square(*share, like, squares))
+    # What a step of the optimizer wrote last may still be in the cache, and what is looked at last
+    # is what the update reads first.
+    in_shares(weights, lambda *share: _square(*share, like, squares), backwards=True)
     return float(squares.sum())
