@@ -31,9 +31,8 @@ _Step = tuple[str, torch.dtype]
 
 def load_in_background(
     model: nn.Module | None,
-    numel: int,
     dtype: torch.dtype,
-    *,
+    numel: int,
     snapshots: int,
     modes: int,
     embedding: bool,
@@ -42,8 +41,8 @@ def load_in_background(
 
     Args:
         model: Whose weights they are; None for weights that will come to the CPU.
-        numel: Number of weights N.
         dtype: Dtype of the state, float32 or float64.
+        numel: Number of weights N.
         snapshots: Number of snapshots that are fitted.
         modes: Number of modes they are fitted to.
         embedding: Whether weights are embedded.
@@ -72,7 +71,7 @@ class _Loader:
 
     def add(self, steps: Iterable[_Step]) -> None:
         """Take these steps too, each of them once in a process."""
-        new = [step for step in steps if step not in self._known]
+        new = [step for step in dict.fromkeys(steps) if step not in self._known]
         self._known.update(new)
         self._steps.extend(new)
         self.go_on()

@@ -137,14 +137,8 @@ class OnlineModes:
         self._embedder: Embedder | None = None  # beside the tracker, if weights are embedded
         self._source = WeightSource(self.layout, self._model)
         self._swapped = False
-        load_in_background(
-            self._model,
-            self.layout.numel,
-            self.layout.state_dtype,
-            snapshots=warmup + 1,
-            modes=modes,
-            embedding=embedding is not None,
-        )
+        work = self.layout.numel, warmup + 1, modes
+        load_in_background(self._model, self.layout.state_dtype, *work, embedding is not None)
 
     # -- a run goes on -----------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ def test_what_a_run_will_call_is_loaded(asked: list[tuple[str, torch.dtype]]) ->
     OnlineModes(model.double(), embedding=Embedding())
     assert {*asked} == {(name, torch.float64) for name in FIRST | EMBEDDING}
     asked.clear()
-    load_in_background(None, 10_000_000, F32, snapshots=21, modes=10, embedding=False)
+    load_in_background(None, F32, 10_000_000, snapshots=21, modes=10, embedding=False)
     assert {*asked} == {(name, F32) for name in FIRST | {"assign_and_fit"}}
 
 
@@ -51,7 +51,7 @@ def test_nothing_is_loaded_that_will_not_run(
     OnlineModes(nn.Linear(20, 20))  # too small to be worth it
     options = {"snapshots": 21, "modes": 10, "embedding": True}
     elsewhere = nn.Linear(2, 2, device="meta")
-    load_in_background(elsewhere, 10_000_000, F32, **options)
+    load_in_background(elsewhere, F32, 10_000_000, **options)
     monkeypatch.setenv(_dispatch.VARIABLE, "torch")
     OnlineModes(nn.Linear(300, 300))
     monkeypatch.delenv(_dispatch.VARIABLE)
