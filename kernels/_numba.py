@@ -17,7 +17,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
@@ -121,9 +120,9 @@ def _typed(_: Any, address: Any, like: Any) -> Any:
 def _two_bytes(_: Any, address: Any) -> Any:
     """The two bytes at an address, which may be odd, as one number."""
 
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], ir.IntType(16).as_pointer())
-        return builder.load(place, align=1)
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = context.get_value_type(signature.return_type).as_pointer()
+        return builder.load(builder.inttoptr(arguments[0], pointer), align=1)
 
     return types.uint16(address), generate
 
