@@ -211,7 +211,7 @@ CASES = [
     Case("snapshot_delta", 10, _snapshot_delta),
     # T - 1 differences of 2 bytes, the base, and 13 bytes of result.
     Case("assign_and_fit", 2 * (SNAPSHOTS - 1) + 4 + 13, _assign_and_fit, _projections),
-    Case("update_affine", 21, _update_affine),
+    Case("update_affine", 25, _update_affine),
     Case("reconstruct", 13, _reconstruct),
     Case("swap_in", 21, _swap_in),
     Case("swap_out", 8, _swap_out),

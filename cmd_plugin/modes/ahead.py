@@ -95,6 +95,7 @@ class Ahead:
         # The first numbers of the state reach the host when they do; nobody waits for them.
         gpu = device.type == "cuda"
         self._news = torch.zeros(HEADER, dtype=torch.float64, pin_memory=gpu)
+        self._arrived = self._news.numpy()  # the same memory, read without an operator
         self._sent = torch.cuda.Event() if gpu else None  # type: ignore[no-untyped-call]
 
     def follow(self, mode: Tensor, slope: Tensor, mean: Tensor, total: Tensor | None) -> Tensor:
@@ -110,7 +111,7 @@ class Ahead:
     def has_bad_news(self) -> bool:
         """Whether it has become known that a snapshot was refused; does not wait."""
         arrived: bool = self._sent is None or self._sent.query()  # type: ignore[no-untyped-call]
-        return arrived and bool(self._news[HEADER - 1])
+        return arrived and bool(self._arrived[HEADER - 1])
 
     def look(self) -> tuple[Numbers, Refused | None]:
         """Wait for the device; return the numbers, and what was refused since the last look.

@@ -71,6 +71,7 @@ class Follower:
         self._references = None if references is None else references.to(device)
         settings = [decay, limit, far, still]
         self._settings = torch.tensor(settings, dtype=torch.float64, device=device)
+        self._table = weights.pointer_table()
         self._scratch: Scratch | None = None
 
     def follow(
@@ -96,12 +97,11 @@ class Follower:
         """
         from cmd_plugin.kernels.update_affine import _triton_follow
 
-        table = self.weights.pointer_table()
         if self._scratch is None:
             modes = (state.numel() - HEADER) // 4
-            self._scratch = _triton_follow.Scratch(table, modes, mean)
+            self._scratch = _triton_follow.Scratch(self._table, modes, mean)
         return _triton_follow.follow(
-            table,
+            self._table,
             mode,
             slope,
             mean,

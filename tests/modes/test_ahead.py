@@ -6,6 +6,7 @@ They are the updates of a GPU. Here they run on Triton's interpreter, in a proce
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 from mode_toys import Net, assert_one_sentence, same_state, sgd, train_step, walks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmd_plugin.errors import NonFiniteError
 from cmd_plugin.kernels import _dispatch, last_backend
@@ -178,3 +180,64 @@ def test_weights_that_move_are_followed() -> None:
         modes.update()
     _, stayed = vector_run(rows, 12)
     assert same_state(modes.state_dict(), stayed.state_dict())
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU: numbers read by the host, and values looked for."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        self.count += name.startswith(self.NAMES)
+        # Copies between devices are copies here, too: of each, whoever waits makes one.
+        self.count += name in ("_to_copy", "index_put_")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are launched, as they are."""
+    made: list[str] = []
+
+    def counting(launch: Callable[..., None]) -> Callable[..., None]:
+        def counted(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+            made.append(kernel.__name__)
+            launch(kernel, programs, *arguments, **options)
+
+        return counted
+
+    for module in ("_triton", "update_affine._triton_follow"):
+        name = f"cmd_plugin.kernels.{module}"
+        loaded = importlib.import_module(name)
+        monkeypatch.setattr(loaded, "launch", counting(loaded.launch))
+    return made
+
+
+def test_an_update_is_four_launches_and_no_wait(launches: list[str]) -> None:
+    net, modes = vector_run(walks(12, 2500).float(), 8)
+    launches.clear()
+    with Waits() as waits:
+        modes.update()
+        modes.update()
+    assert launches == ["_check", "_plan", "_update", "_finish"] * 2
+    assert waits.count == 0
+
+
+def test_a_swap_and_the_explained_variance_wait_a_few_times(launches: list[str]) -> None:
+    """A number that does not grow with the tensors; on a GPU each is some microseconds."""
+    net, modes = vector_run(walks(12, 2500).float(), 8)
+    launches.clear()
+    with Waits() as waits, modes.swap():
+        pass
+    assert launches == ["_swap_in", "_swap_out"]
+    assert waits.count <= 12
+    with Waits() as waits:
+        modes.explained_variance()
+    assert waits.count <= 6
