@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmd_plugin.callbacks import CMDCallback
 from cmd_plugin.kernels import _dispatch, last_backend
+from cmd_plugin.modes import OnlineModes
 
 KERNELS = ["assign_and_fit", "snapshot_delta", "swap_in", "swap_out", "update_affine"]
 
@@ -74,3 +75,26 @@ def test_a_run_on_a_gpu_goes_through_triton() -> None:
     assert {last_backend(name) for name in KERNELS} == {"triton"}
     assert weights.is_cuda
     assert torch.isfinite(weights).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_update_on_a_gpu_waits_for_nothing() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(200, 10)).cuda()
+    modes = OnlineModes(model, modes=3, warmup=3)
+
+    def step() -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+
+    for _ in range(6):
+        step()
+        modes.update()
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        modes.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(modes.reconstruct().isfinite().all())
