@@ -221,7 +221,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_an_update_is_four_launches_and_no_wait(launches: list[str]) -> None:
-    net, modes = vector_run(walks(12, 2500).float(), 8)
+    _, modes = vector_run(walks(12, 2500).float(), 8)
     launches.clear()
     with Waits() as waits:
         modes.update()
@@ -232,7 +232,7 @@ def test_an_update_is_four_launches_and_no_wait(launches: list[str]) -> None:
 
 def test_a_swap_and_the_explained_variance_wait_a_few_times(launches: list[str]) -> None:
     """A number that does not grow with the tensors; on a GPU each is some microseconds."""
-    net, modes = vector_run(walks(12, 2500).float(), 8)
+    _, modes = vector_run(walks(12, 2500).float(), 8)
     launches.clear()
     with Waits() as waits, modes.swap():
         pass
