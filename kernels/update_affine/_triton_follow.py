@@ -186,6 +186,7 @@ def _plan(
 @triton.jit
 def _finish(
     after,
+    summed,
     accepted,
     squares,
     programs,
@@ -203,7 +204,7 @@ def _finish(
     if tl.load(accepted) != 0.0:
         rest = 1.0 - 1.0 / tl.load(after + COUNT)
         added = _sum(squares, programs, WIDE)
-        tl.store(after + SUM, tl.load(settings) * tl.load(after + SUM) + rest * added)
+        tl.store(summed, tl.load(settings) * tl.load(summed) + rest * added)
         if references is not None:
             lane = tl.arange(0, MODES)
             live = lane < M
@@ -301,7 +302,17 @@ def follow(
     )
     launch_updates(table, mode, slope, mean, total, constants, squares, scratch.factors, accepted)
     launch(
-        *(_finish, 1, device, after, accepted, squares, table.programs, settings),
+        *(
+            _finish,
+            1,
+            device,
+            after,
+            after[SUM.value :],
+            accepted,
+            squares,
+            table.programs,
+            settings,
+        ),
         *(references, slope, mean, total, modes),
         MODES=width,
         WIDE=_WIDE,
