@@ -196,7 +196,9 @@ def tables(rows: Iterable[Row]) -> dict[str, tuple[list[str], list[list[str]]]]:
         for rival in first[0]["found"]["rivals"]:
             each = [_scores(row["found"]["rivals"][rival]) for row in first]
             lines[rival.replace("_", " ")] = _medians(each)
-        judges = sorted({name for each in lines.values() for name in each if "class" in name})
+        judges = sorted(
+            {n for each in lines.values() for n in each if n.startswith("judge, class")}
+        )
         columns = [*_SHOWN.get(experiment, ()), *_AREAS, "COUT", "class cosine", "PSNR", *judges]
         columns = [name for name in columns if any(name in each for each in lines.values())]
         cells = [

@@ -35,7 +35,7 @@ __all__ = ["DecompositionExplainer", "ExplainerTraining"]
 
 _NOT_SAVED = ("decomposer.classifier.", "judge.")
 _STEPS, _HASH = "distinction_steps", "distinction_classifier"
-_SETTLED_STEPS = 200  # before, a warning would be about a beginning
+_SETTLED_STEPS = 400  # before, a warning would be about a beginning
 _WARMUP = 10.0
 _MAPPING_RATE = 0.01
 _KIND = 20  # letters by which warnings are told apart: numbers come later
