@@ -266,6 +266,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     planted = [name for name in EXPERIMENTS if name.startswith("e1-")]
     panels = [name for name in planted if any(row["experiment"] == name for row in rows)]
     times = [row for row in rows if row["experiment"].startswith("e1b-")]
+    if len({row["experiment"] for row in times}) < 2:
+        times = []  # one size says nothing of a slope
     count = len(panels) + bool(times)
     if not count:
         return
@@ -315,6 +317,12 @@ def _draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:
             axes.plot(ends, line, color=colour(number), lw=1.0)
         x = [n * (0.97 + 0.02 * number) for n, _ in points]  # side by side, not one on the other
         axes.scatter(x, [tau for _, tau in points], color=colour(number), s=14, label=label)
+    late = [r["found"] for r in rows if None in r["found"]["tau"].values()]
+    if late:
+        x, y = [f["n"] for f in late], [f["steps"][-1] for f in late]
+        axes.scatter(
+            x, y, marker="^", facecolors="none", edgecolors=GREY, label="end of some, unreached"
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(SIZES, map(str, SIZES))
