@@ -13,8 +13,8 @@ nearest training image, which need no model, one half of the real images against
 few-shot detector on generators it has seen and others. AUROC below .5 is not turned round.
 
 Each experiment and seed can have a process of its own (``--only digits --seed 1 --out FILE``;
-``--merge FILE...`` collects). Results: ``results/detection.jsonl`` and ``.png``, and
-``detection_cuda`` of what ran on a GPU.
+``--merge FILE...`` collects). Results: ``results/detection.jsonl``, what ran on a GPU in
+``detection_cuda.jsonl``, both together in ``detection.png``.
 """
 
 from __future__ import annotations
@@ -250,15 +250,17 @@ def main(arguments: list[str] | None = None) -> None:
         names = [name for name in names if name != "mnist"]
     device = "" if given.accelerator == "cpu" else "_cuda"
     out = given.out or RESULTS / f"detection{device}.jsonl"
+    # Rows of a CPU and of a GPU have a file each; what is counted in steps is shown together.
+    beside = [] if given.out or given.quick else sorted(RESULTS.glob("detection*.jsonl"))
     seeds = range(given.seeds) if given.seed is None else [given.seed]
     wanted = [] if given.merge else [(name, seed) for name in names for seed in seeds]
     with tempfile.TemporaryDirectory() as folder:
         if given.quick:
             out, wanted = Path(folder, "rows.jsonl"), [("digits", 0)]
-        rows = measure_missing(out, wanted, partial(measure, given), given.merge)
+        rows = measure_missing(out, wanted, partial(measure, given), given.merge, beside)
         show(rows)
         if given.seed is None:  # one seed is a part of what another process collects
-            draw(rows, out.with_suffix(".png"))
+            draw(rows, RESULTS / "detection.png" if beside else out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

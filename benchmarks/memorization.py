@@ -12,8 +12,8 @@
 Every statistic sees the same images, noise and network; AUROC is against held-out images, below .5
 a statistic points the wrong way. Each experiment and seed can have a process of its own (``--only
 e1b-512 --seed 1 --out FILE``; ``--merge FILE...`` collects). A row is written as soon as it is
-known; what is there is not repeated. Results: ``results/memorization.jsonl`` and ``.png``, and
-``memorization_cuda`` of what ran on a GPU.
+known; what is there is not repeated. Results: ``results/memorization.jsonl``, what ran on a GPU in
+``memorization_cuda.jsonl``, both together in ``memorization.png``.
 """
 
 from __future__ import annotations
@@ -191,11 +191,15 @@ def crossing(steps: list[int], curve: list[float], limit: float) -> float | None
 
 
 def slope(rows: list[dict[str, Any]], statistic: str) -> tuple[float, float, float] | None:
-    """Slope of log tau on log n by least squares, half its 95 % interval, and the intercept."""
+    """Slope of log tau on log n by least squares, half its 95 % interval, and the intercept.
+
+    Of sizes of which every run got there: those that did would be the quick ones.
+    """
     from scipy.stats import linregress, t
 
     points = [(r["found"]["n"], r["found"]["tau"][statistic]) for r in rows]
-    points = [(math.log(n), math.log(tau)) for n, tau in points if tau is not None]
+    late = {n for n, tau in points if tau is None}
+    points = [(math.log(n), math.log(tau)) for n, tau in points if n not in late]
     if len(points) < 3 or len({n for n, _ in points}) < 2:
         return None
     fit = linregress(*zip(*points, strict=True))
@@ -262,6 +266,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     planted = [name for name in EXPERIMENTS if name.startswith("e1-")]
     panels = [name for name in planted if any(row["experiment"] == name for row in rows)]
     times = [row for row in rows if row["experiment"].startswith("e1b-")]
+    if len({row["experiment"] for row in times}) < 2:
+        times = []  # one size says nothing of a slope
     count = len(panels) + bool(times)
     if not count:
         return
@@ -311,6 +317,12 @@ def _draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:
             axes.plot(ends, line, color=colour(number), lw=1.0)
         x = [n * (0.97 + 0.02 * number) for n, _ in points]  # side by side, not one on the other
         axes.scatter(x, [tau for _, tau in points], color=colour(number), s=14, label=label)
+    late = [r["found"] for r in rows if None in r["found"]["tau"].values()]
+    if late:
+        x, y = [f["n"] for f in late], [f["steps"][-1] for f in late]
+        axes.scatter(
+            x, y, marker="^", facecolors="none", edgecolors=GREY, label="end of some, unreached"
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(SIZES, map(str, SIZES))
@@ -347,6 +359,8 @@ def main(arguments: list[str] | None = None) -> None:
         names = [name for name in names if name not in left]
     device = "" if given.accelerator == "cpu" else "_cuda"
     out = given.out or RESULTS / f"memorization{device}.jsonl"
+    # Rows of a CPU and of a GPU have a file each; what is counted in steps is shown together.
+    beside = [] if given.out or given.quick else sorted(RESULTS.glob("memorization*.jsonl"))
     seeds = range(given.seeds) if given.seed is None else [given.seed]
     wanted = [(name, seed) for name in names for seed in seeds]
     if given.merge:
@@ -355,10 +369,10 @@ def main(arguments: list[str] | None = None) -> None:
         if given.quick:
             out = Path(folder, "rows.jsonl")
             wanted = [(name, 0) for name in names if name in ("e0-digits", "e1-digits", "e1b-256")]
-        rows = measure_missing(out, wanted, partial(measure, given), given.merge)
+        rows = measure_missing(out, wanted, partial(measure, given), given.merge, beside)
         show(rows)
         if given.seed is None:  # one seed is a part of what another process collects
-            draw(rows, out.with_suffix(".png"))
+            draw(rows, RESULTS / "memorization.png" if beside else out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -27,17 +27,22 @@ def measure_missing(
     wanted: Iterable[tuple[str, int]],
     measure: Callable[[str, int], Row],
     merge: Iterable[Path] = (),
+    beside: Iterable[Path] = (),
 ) -> list[Row]:
-    """Measure what a file has no row of, and write each row as soon as it is there.
+    """Measure what no file has a row of, and write each row as soon as it is there.
 
     Args:
         out: The file.
         wanted: Experiments and seeds.
         measure: Returns the row of one.
         merge: Files of other processes, whose rows are taken over first.
+        beside: Files of other machines, whose rows stay where they are.
+
+    Returns:
+        The rows of the file and of those beside it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(out)
+    rows = read_rows(out, *beside)
     known = {(row["experiment"], row["seed"]) for row in rows}
     with out.open("a", encoding="utf-8") as stream:
 
