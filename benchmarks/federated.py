@@ -1,6 +1,6 @@
 """Accuracy against bytes: CMD beside FedAvg, APF, A-APF, top-k, FedPAQ and EDEN, all on Flower.
 
-    python -m benchmarks.federated --quick                     # digits, one seed, about a minute
+    python -m benchmarks.federated --quick                     # digits, one seed, some minutes
     python -m benchmarks.federated --data-root DATA            # all of it, about 3 CPU hours
     python -m benchmarks.federated --report                    # what is in the result file
     python -m benchmarks.federated --data-root DATA --only cifar10 --partition iid --seed 2 \
