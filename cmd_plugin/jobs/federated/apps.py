@@ -205,7 +205,12 @@ def make_strategy(options: SimulateOptions) -> Strategy:
     inner = _aggregation(options)
     if options.method == "fedavg":
         return inner
-    most = len(cast(Any, data_of(options).train))  # no client can have more images
+    # No client can have more images than there are.
+    most = len(cast(Any, data_of(options).train))
+    bounds: dict[str, Any] = {
+        "max_examples": most,
+        "max_update_ratio": options.max_update_ratio,
+    }
     if options.method == "cmd":
         embedding = Embedding(
             options.embed_every,
@@ -224,7 +229,7 @@ def make_strategy(options: SimulateOptions) -> Strategy:
             memory=options.remembers,
             pool=options.pool,
             seed=options.seed,
-            max_examples=most,
+            **bounds,
         )
     if options.method in ("apf", "a-apf"):
         return APFStrategy(
@@ -233,15 +238,13 @@ def make_strategy(options: SimulateOptions) -> Strategy:
             decay=options.apf_decay,
             aggressive=options.method == "a-apf",
             seed=options.seed,
-            max_examples=most,
+            **bounds,
         )
     if options.method == "topk":
-        return TopKStrategy(inner, share=options.topk, max_examples=most)
+        return TopKStrategy(inner, share=options.topk, **bounds)
     if options.method == "eden":
-        return EDENStrategy(
-            inner, bits=options.bits or 2, memory=options.remembers, max_examples=most
-        )
-    return FedPAQStrategy(inner, bits=options.bits or 8, max_examples=most)
+        return EDENStrategy(inner, bits=options.bits or 2, memory=options.remembers, **bounds)
+    return FedPAQStrategy(inner, bits=options.bits or 8, **bounds)
 
 
 def _aggregation(options: SimulateOptions) -> Strategy:

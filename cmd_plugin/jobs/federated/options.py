@@ -81,6 +81,13 @@ class SimulateOptions(ImageOptions):
     method: str = option(
         "cmd", "fedavg, cmd, apf, a-apf, topk, fedpaq or eden.", panel=_METHOD, choices=METHODS
     )
+    max_update_ratio: float = option(
+        100.0,
+        "All but fedavg: refuse an update of more than so many times the round's median norm.",
+        panel=_METHOD,
+        above=1,
+        only={"method": METHODS[1:]},
+    )
     warmup: int = option(
         8,
         "cmd: rounds that only watch; modes are fitted after the next one.",

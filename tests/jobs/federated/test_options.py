@@ -13,6 +13,7 @@ from cmd_plugin.federated.cmd_strategy import CODINGS
 from cmd_plugin.federated.codec import PROJECTIONS
 from cmd_plugin.federated.eden import EDEN_BITS
 from cmd_plugin.federated.quantise import BITS
+from cmd_plugin.jobs.federated.apps import make_strategy
 from cmd_plugin.jobs.federated.options import METHODS, SimulateOptions
 from cmd_plugin.runs.options import option_fields
 
@@ -62,6 +63,7 @@ def test_out_of_range_is_one_sentence(options: dict[str, Any], sentence: str) ->
     ("method", "options"),
     [
         ("fedavg", {"bits": 8}),
+        ("fedavg", {"max_update_ratio": 5.0}),
         ("topk", {"bits": 8}),
         ("eden", {"coding": "linear"}),
         ("fedpaq", {"memory": False}),
@@ -162,3 +164,9 @@ def test_options_are_known_without_torch_or_flower() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_the_size_of_an_update_is_bounded_as_asked(method: str) -> None:
+    strategy = make_strategy(SimulateOptions(method=method, max_update_ratio=7.0))
+    assert strategy.max_update_ratio == 7.0  # type: ignore[attr-defined]
