@@ -64,9 +64,9 @@ class CMDCallback(Callback):
     anew for each snapshot, on the latest batches of the epoch it ends, by calling the module with
     :meth:`recalibration_input` of each. Checkpoints hold them.
 
-    With the default settings (the paper's) modelled weights can be worse than raw ones;
-    ``profile="mean", forgetting=0.9`` was not, by more than noise, on any problem measured
-    (``docs/choosing.md``).
+    With the default settings (the paper's) modelled weights were worse than raw ones, by more than
+    noise, on four of twelve problems measured and better on one; with ``profile="mean",
+    forgetting=0.9`` worse on one, by a point, and better on three (``docs/choosing.md``).
 
     A warning says once a run that modelled weights are far worse than raw ones: a metric named like
     an accuracy fell by more than 0.1 and by more than 20 %, or one named like a loss more than
