@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ PATHS = ("triton",) if INTERPRETING else ("torch", "numba")
 # Weights in the largest unit of work of the paths under test: one more needs a second one.
 BLOCK = pointer_table.BLOCK if INTERPRETING else flat_view.BLOCK
 
+_ROOT = Path(__file__).parent.parent.parent
 _MARGIN = 64
 _SENTINEL = 0x5A
 
@@ -40,3 +44,20 @@ class Guards:
         for room, low, high in self._rooms:
             assert (room[:low] == _SENTINEL).all(), "written before the beginning of a tensor"
             assert (room[high:] == _SENTINEL).all(), "written beyond the end of a tensor"
+
+
+def run_python(command: list[str], **variables: str) -> str:
+    """Run Python in a process of its own, with these variables; return all that it printed."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "CMD_PLUGIN_"))}
+    path = os.pathsep.join([str(_ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, *command],
+        env={**kept, "PYTHONPATH": path, **variables},
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-6000:]
+    return output
