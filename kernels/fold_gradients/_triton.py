@@ -16,7 +16,7 @@ from cmd_plugin.kernels._triton import launch
 
 __all__ = ["fold_gradients"]
 
-_BLOCK = 512  # two lanes a thread: ten float64 sums of each are 40 registers
+_BLOCK = 256  # a lane a thread: its ten float64 sums are 20 registers; of two lanes some spill
 _PROGRAMS = 4096  # enough to fill a GPU
 
 
