@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy
 
-from cmd_plugin.errors import InputError, PluginError
+from cmd_plugin.errors import InputError, PluginError, StateMismatch
 from cmd_plugin.federated.codec import PROJECTIONS
 from cmd_plugin.federated.eden import check_eden_bits
 from cmd_plugin.federated.frame import (
@@ -168,6 +168,8 @@ class CMDStrategy(FrameStrategy):
             modes = self._follow(changes["_codec"].packing.layout)
             modes.load_state_dict(state["modes"])
         held = None
+        if (state["held"] is None) != (self._held is None):
+            raise StateMismatch("'held' does not fit the settings bits, coding and memory.")
         if self._held is not None:
             held = HeldModel.from_state(state["held"], changes["_codec"])
         return {**changes, "_modes": modes, "_held": held}

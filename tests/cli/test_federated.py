@@ -66,7 +66,7 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--partition", "dirichlet"], "--partition must be iid or dirichlet:ALPHA"),
         (["--rounds", "2"], "--rounds must be above --warmup (2), got 2"),
         (["--fraction", "1.5"], "--fraction must be above 0 and at most 1, got 1.5"),
-        (["--bits", "16"], "--bits must be 4 or 8, got 16"),
+        (["--bits", "16"], "--bits must be 1, 2, 4 or 8, got 16"),
         (["--data", "mist"], "unknown data set 'mist': did you mean 'mnist'?"),
         (["--bogus"], "--bogus"),
         (["--topk", "0.2"], "--topk has an effect only with --method topk, and it is cmd"),
