@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import RESULTS, describe_machine
-from benchmarks.rows import measure_missing
+from benchmarks.rows import add_row_options, measure_missing
 from cmd_plugin.diffusion import (
     MemorizationReport,
     MemorizationScore,
@@ -337,14 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing from the result file, print all, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", help="e0, e1-digits, e1b-512, ... (repeatable)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seed", type=int, help="this one only")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--data-root", default=os.environ.get("CMD_PLUGIN_DATA"))
-    parser.add_argument("--quick", action="store_true", help="one seed, tiny, nothing is kept")
-    parser.add_argument("--merge", type=Path, nargs="*", default=[], help="rows to take over")
-    parser.add_argument("--out", type=Path)
+    add_row_options(parser)
     given = parser.parse_args(arguments)
     names = [
         name

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["measure_missing", "read_rows"]
+__all__ = ["add_row_options", "measure_missing", "read_rows"]
 
 Row = dict[str, Any]
+
+
+def add_row_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says which rows are measured, on what, and where they are kept."""
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, help="this one only")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--data-root", default=os.environ.get("CMD_PLUGIN_DATA"))
+    parser.add_argument("--quick", action="store_true", help="one seed, tiny, nothing is kept")
+    parser.add_argument("--merge", type=Path, nargs="*", default=[], help="rows to take over")
+    parser.add_argument("--out", type=Path)
 
 
 def read_rows(*paths: Path) -> list[Row]:

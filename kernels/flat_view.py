@@ -286,14 +286,12 @@ class FlatView:
         Dtypes are numbers: 0 float16, 1 bfloat16, 2 float32, 3 float64.
         """
         addresses, kinds = torch.empty_like(indices), torch.empty_like(indices)
-        owner = torch.searchsorted(self._starts, indices, right=True) - 1
-        for index in sorted(set(owner.tolist())):
-            tensor, mine = self._tensors[index], owner == index
-            inside, offset = indices[mine] - self._starts[index], 0
-            for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-                offset, inside = offset + inside % size * stride, inside // size
-            addresses[mine] = tensor.data_ptr() + offset * tensor.element_size()
-            kinds[mine] = _KINDS.index(tensor.dtype)
+        for tensor, chosen, where in self._locate(indices):
+            offset = torch.zeros_like(chosen)
+            for position, stride in zip(where, tensor.stride(), strict=True):
+                offset += position.cpu() * stride
+            addresses[chosen] = tensor.data_ptr() + offset * tensor.element_size()
+            kinds[chosen] = _KINDS.index(tensor.dtype)
         return addresses, kinds
 
     def _located(self, indices: Tensor) -> list[_Place]:
