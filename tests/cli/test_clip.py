@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,9 @@ import pytest
 
 from cmd_plugin.cli.main import run
 from cmd_plugin.jobs.clip import report
+from tests.helpers.commands import exit_code
 
-
-def cmd_plugin(*arguments: str) -> int:
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        run(["clip", *arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+cmd_plugin = partial(exit_code, "clip")
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cmd_plugin.cli.main import run
+from tests.helpers.commands import exit_code
 
-
-def cmd_plugin(*arguments: str) -> int:
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        run(["diffusion", *arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+cmd_plugin = partial(exit_code, "diffusion")
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cmd_plugin.cli.main import run
+from tests.helpers.commands import exit_code as cmd_plugin
 
 SMALL = ["federated", "simulate", "--clients", "3", "--rounds", "5"]
 SMALL += ["--train-limit", "90", "--test-limit", "60"]
 QUICK = [*SMALL, "--warmup", "2", "--samples", "100", "--modes", "3"]
-
-
-def cmd_plugin(*arguments: str) -> int:
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        run(arguments)
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 def test_json_is_all_there_is_on_stdout(tmp_path: Path) -> None:

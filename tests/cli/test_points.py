@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cmd_plugin.cli.main import run
+from tests.helpers.commands import exit_code
 
 QUICK = ["--points", "48", "--train-clouds", "48", "--test-clouds", "24", "--width", "0.25"]
 QUICK += ["--epochs", "2", "--batch-size", "12"]
 
 
-def cmd_plugin(*arguments: str) -> int:
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        run(["points", *arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+cmd_plugin = partial(exit_code, "points")
 
 
 @pytest.fixture

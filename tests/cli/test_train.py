@@ -18,17 +18,10 @@ from cmd_plugin import __version__
 from cmd_plugin.cli.main import run
 from cmd_plugin.jobs.classifier import Classifier
 from cmd_plugin.jobs.compare import train
+from tests.helpers.commands import exit_code as cmd_plugin
 
 QUICK = ["--train-limit", "120", "--batch-size", "40", "--epochs", "4", "--warmup", "2"]
 QUICK += ["--modes", "3", "--samples", "100", "--seeds", "1"]
-
-
-def cmd_plugin(*arguments: str) -> int:
-    """Run the command in this process; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        run(arguments)
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 @pytest.fixture
