@@ -185,8 +185,8 @@ def _plan(
 
 @triton.jit
 def _finish(
+    state,
     after,
-    summed,
     accepted,
     squares,
     programs,
@@ -200,22 +200,36 @@ def _finish(
     WIDE: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """Add what the snapshot moved to the sum of squares; keep the references' own exact."""
+    """Put the next state in place, with what the snapshot moved added to its sum of squares.
+
+    The references' own coefficients are kept exact.
+    """
+    lane = tl.arange(0, MODES)
+    live = lane < M
+    source = after + HEAD + lane
+    middle = tl.load(source + M, live, 0.0)
+    moved = tl.load(source + 2 * M, live, 0.0)
+    unit = tl.load(source + 3 * M, live, 1.0)
+    count = tl.load(after + COUNT)
+    summed = tl.load(after + SUM)
     if tl.load(accepted) != 0.0:
-        rest = 1.0 - 1.0 / tl.load(after + COUNT)
         added = _sum(squares, programs, WIDE)
-        tl.store(summed, tl.load(settings) * tl.load(summed) + rest * added)
+        summed = tl.load(settings) * summed + (1.0 - 1.0 / count) * added
         if references is not None:
-            lane = tl.arange(0, MODES)
-            live = lane < M
             at = tl.load(references + lane, live, 0)
-            table = after + HEAD + lane
-            moved = tl.load(table + 2 * M, live, 0.0)
-            unit = tl.load(table + 3 * M, live, 1.0)
             tl.store(slope + at, (moved / unit).to(STATE), live)
-            tl.store(mean + at, tl.load(table + M, live, 0.0).to(STATE), live)
+            tl.store(mean + at, middle.to(STATE), live)
             if total is not None:
                 tl.store(total + at, moved.to(STATE), live)
+    into = state + HEAD + lane
+    tl.store(into, tl.load(source, live, 0.0), live)
+    tl.store(into + M, middle, live)
+    tl.store(into + 2 * M, moved, live)
+    tl.store(into + 3 * M, unit, live)
+    tl.store(state + COUNT, count)
+    tl.store(state + SUM, summed)
+    tl.store(state + SEEN, tl.load(after + SEEN))
+    tl.store(state + REFUSED, tl.load(after + REFUSED))
 
 
 class Scratch:
@@ -227,6 +241,7 @@ class Scratch:
         like: The state of the weights, for its dtype and device.
 
     Attributes:
+        after: [4 + 4 M] float64, the next state, until nobody reads the one before any more.
         checked: For each launch its blocks and where the sums of its groups go.
         sums: [P'] float64, the sums of all groups.
         squares: [P] float64, the sums of e^2 of all blocks.
@@ -238,6 +253,7 @@ class Scratch:
     def __init__(self, table: PointerTable, modes: int, like: Tensor) -> None:
         parts = [-(-blocks.programs // GROUP) for blocks in table.launches]
         double = {"dtype": torch.float64, "device": like.device}
+        self.after = torch.empty(HEADER + 4 * modes, **double)  # type: ignore[call-overload]
         self.sums = torch.empty(sum(parts), **double)  # type: ignore[call-overload]
         self.squares = torch.empty(table.programs, **double)  # type: ignore[call-overload]
         self.accepted = torch.empty(2 + modes, **double)  # type: ignore[call-overload]
@@ -281,9 +297,9 @@ def follow(
     faults: Tensor,
     scratch: Scratch,
     settings: Tensor,
-) -> Tensor:
-    """Return the next state; see :class:`cmd_plugin.kernels.update_affine.Follower`."""
-    device, after = state.device, torch.empty_like(state)
+) -> None:
+    """See :meth:`cmd_plugin.kernels.update_affine.Follower.follow`."""
+    device, after = state.device, scratch.after
     modes = (state.numel() - HEADER) // 4
     width = max(_LEAST, triton.next_power_of_2(modes))
     number = TYPES[mean.dtype]
@@ -306,8 +322,8 @@ def follow(
             _finish,
             1,
             device,
+            state,
             after,
-            after[SUM.value :],
             accepted,
             squares,
             table.programs,
@@ -319,4 +335,3 @@ def follow(
         STATE=number,
         enable_fp_fusion=False,
     )
-    return after

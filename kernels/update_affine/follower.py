@@ -82,15 +82,18 @@ class Follower:
         total: Tensor | None,
         state: Tensor,
         faults: Tensor,
-    ) -> Tensor:
-        """Take the weights in as they are now; return the next state of the modes.
+    ) -> None:
+        """Take the weights in as they are now.
+
+        The same launches on the same memory at every call with the same tensors, nothing else: the
+        work of a :class:`cmd_plugin.kernels.replay.Replay`.
 
         Args:
             mode: [N] uint8.
             slope: [N], changed in place; so are ``mean`` and ``total``.
             mean: [N].
             total: [N] sums of squared deviations, or None.
-            state: [4 + 4 M] float64, which keeps its values.
+            state: [4 + 4 M] float64, changed in place.
             faults: [2] int64. Of a refused snapshot it gets the number of weights that are not
                 finite, added, and the flat position of the first, as the least; so it starts as
                 (0, N).
@@ -100,7 +103,7 @@ class Follower:
         if self._scratch is None:
             modes = (state.numel() - HEADER) // 4
             self._scratch = _triton_follow.Scratch(self._table, modes, mean)
-        return _triton_follow.follow(
+        _triton_follow.follow(
             self._table,
             mode,
             slope,

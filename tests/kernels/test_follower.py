@@ -56,9 +56,9 @@ def problem(dtype: torch.dtype, modes: int, members: int = 0, **options: Any) ->
 
 
 def follow(given: dict[str, Any]) -> Tensor:
-    made: Tensor = given["follower"].follow(
-        **given["arrays"], state=given["state"], faults=given["faults"]
-    )
+    """Take the weights in; return the next state, and leave the one before in ``given``."""
+    made: Tensor = given["state"].clone()
+    given["follower"].follow(**given["arrays"], state=made, faults=given["faults"])
     return made
 
 
