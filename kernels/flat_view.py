@@ -79,6 +79,7 @@ class FlatView:
         self._places: tuple[Tensor, list[_Place]] | None = None
         self._addresses: tuple[_Integers, _Integers] | None = None
         self._table: PointerTable | None = None
+        self._copied: tuple[dict[torch.dtype, int], PointerTable] | None = None  # of empty_like()
 
     # What follows is made when it is asked for: kernels on a GPU ask for none of it, and at a
     # billion weights it takes many times as long as they do.
@@ -139,10 +140,11 @@ class FlatView:
         sizes: dict[torch.dtype, list[int]] = {}
         for tensor in self._tensors:
             sizes.setdefault(tensor.dtype, []).append(_padded(tensor.numel()))
-        parts = {
-            dtype: iter(torch.split(torch.empty(sum(room), dtype=dtype, device=self.device), room))
+        memory = {
+            dtype: torch.empty(sum(room), dtype=dtype, device=self.device)
             for dtype, room in sizes.items()
         }
+        parts = {dtype: iter(torch.split(memory[dtype], room)) for dtype, room in sizes.items()}
         made: list[Tensor] = []
         for tensor in self._tensors:
             flat = next(parts[tensor.dtype])
@@ -151,7 +153,14 @@ class FlatView:
             else:
                 strides = torch.empty_like(tensor, device="meta").stride()
             made.append(flat.as_strided(tensor.shape, strides))
-        return FlatView(made, self.block, self.dtype)
+        view = FlatView(made, self.block, self.dtype)
+        if self._table is not None:  # kernels that ask for it will ask for that of the new view
+            places = {dtype: flat.data_ptr() for dtype, flat in memory.items()}
+            if self._copied is None:
+                self._copied = places, view.pointer_table()
+            before, table = self._copied
+            view._table = table.moved({dtype: places[dtype] - before[dtype] for dtype in places})
+        return view
 
     def pointer_table(self, beside: FlatView | None = None) -> PointerTable:
         """Return where every block of weights lies, for kernels that read all of them at once.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -55,6 +55,9 @@ class PointerTable:
             stay where they are.
         strided: Which of them to describe by strides; those that are not contiguous if None. Two
             tables of the same shapes have the same launches if this is the same.
+
+    Attributes:
+        launches: Records of the blocks.
     """
 
     def __init__(self, tensors: Sequence[Tensor], strided: Sequence[bool] | None = None) -> None:
@@ -82,6 +85,19 @@ class PointerTable:
             )
             for (dtype, stepped), found in rows.items()
         ]
+
+    def moved(self, distances: Mapping[torch.dtype, int]) -> PointerTable:
+        """Return the table of tensors that lie as these do, so many bytes further on.
+
+        It is made where it is used, from this one: nothing is copied to the device for it.
+        """
+        table = PointerTable.__new__(PointerTable)
+        table.launches = []
+        for launch in self.launches:
+            records = launch.records.clone()
+            records[:, 0] += distances[launch.dtype]
+            table.launches.append(launch._replace(records=records))
+        return table
 
     @staticmethod
     def addressable(tensor: Tensor) -> bool:

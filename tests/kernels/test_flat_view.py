@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmd_plugin.errors import ShapeError
 from cmd_plugin.kernels import FlatView
+from cmd_plugin.kernels.pointer_table import PointerTable
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -219,3 +220,19 @@ def test_room_for_a_copy_is_one_piece_of_memory_with_the_same_strides() -> None:
     for number, tensor in enumerate(made):
         tensor.fill_(number)
     assert all(bool((tensor == number).all()) for number, tensor in enumerate(made))
+
+
+def test_later_copies_know_where_they_lie_without_being_asked() -> None:
+    tensors = [torch.randn(700, 3), torch.randn(40, 50).T, torch.randn(1030).bfloat16()]
+    view = FlatView(tensors)
+    assert view.empty_like()._table is None
+    view.pointer_table()
+    copies = [view.empty_like() for _ in range(3)]  # all of them at once: each has its own memory
+    for copy in copies:
+        assert copy._table is not None
+        for known, found in zip(
+            copy._table.launches, PointerTable(copy.tensors).launches, strict=True
+        ):
+            assert known.dtype == found.dtype
+            assert torch.equal(known.records, found.records)
+            assert (known.shapes is None) == (found.shapes is None)
