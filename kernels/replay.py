@@ -47,7 +47,8 @@ class Replay:
 def _record(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     """Return the launches of the work, none of which has run yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream(device)):  # that of the caller cannot be recorded
+    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(aside):  # that of the caller cannot be recorded
         # Other threads, which load data, may go on doing what a recording forbids.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
