@@ -22,14 +22,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.distinction_report import Row, key_of, read_rows, rounded, show
 from benchmarks.machine import RESULTS, describe_machine
+from cmd_plugin.data import LabelledImages, make_loader
 from cmd_plugin.distinction.names import OBJECTIVE_NAMES
+from cmd_plugin.distinction.quality import measure_split
+from cmd_plugin.jobs.classifier import Classifier
 from cmd_plugin.jobs.distinction import evaluate, train
+from cmd_plugin.jobs.distinction.data import load_split_data
+from cmd_plugin.jobs.distinction.model import open_model
 from cmd_plugin.jobs.distinction.options import EvaluateOptions, TrainOptions
+from cmd_plugin.jobs.fitting import make_trainer
+from cmd_plugin.networks import build_model
 from cmd_plugin.runs.process import find_device
 
 _DEFAULT = "dxai_distilled"
+_BATCH = 64
 _MNIST: dict[str, Any] = {
     "data": "mnist",
     "image_size": 16,
@@ -58,6 +68,27 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+def ask_another_judge(folder: Path, options: TrainOptions) -> dict[str, Any]:
+    """How a judge answers that learnt other labels of the same images, all drawn at random.
+
+    Classifier and judge of a run learn the same labels of the same images, so also the same
+    accidents. This one cannot know them: what moves it has nothing to do with labels.
+    """
+    trained, data = open_model(folder), load_split_data(options)
+    images = data.train
+    other = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
+    images = LabelledImages(images.store, images.labels[other], data.mean, data.std)
+    torch.manual_seed(options.seed)
+    shape = {"channels": data.channels, "classes": len(data.classes), "size": data.size}
+    judge = build_model(options.judge, **shape)
+    module = Classifier(judge, len(data.classes), "adam", options.classifier_lr, schedule="cosine")
+    trainer = make_trainer("cpu", options.classifier_epochs, [], folder)
+    trainer.fit(module, make_loader(images, _BATCH, shuffle_seed=options.seed))
+    held_out = make_loader(data.test, _BATCH)
+    found = measure_split(trained.decomposer, held_out, judge.eval())
+    return {"accuracy": list(found.judge_accuracy), "removed": list(found.judge_removed)}
+
+
 def measure(
     experiment: str, objective: str, seed: int, given: argparse.Namespace, accelerator: str
 ) -> Row:
@@ -72,6 +103,9 @@ def measure(
         trained = train.run(options, model)
         asked = EvaluateOptions(model=model, data_root=given.data_root, **machine)
         found = evaluate.run(asked, None)
+        more = {}
+        if options.random_labels:
+            more["another_judge"] = ask_another_judge(model, options)
         if seed == 0 and objective == _DEFAULT:
             picture = given.out.parent / f"distinction_{experiment}.png"
             shutil.copy(model / "examples.png", picture)
@@ -85,7 +119,7 @@ def measure(
             "data": trained.data,
             "classifier": trained.metrics["classifier"]["accuracy"],
             "judge": trained.metrics["judge"]["accuracy"],
-            "found": dict(found.metrics),
+            "found": dict(found.metrics) | more,
             "seconds": {
                 "training": trained.seconds["training"],
                 "with classifier and judge": trained.seconds["total"],
