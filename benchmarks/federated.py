@@ -1,4 +1,4 @@
-"""Accuracy against bytes: CMD beside FedAvg, APF, A-APF, top-k, FedPAQ and EDEN, all on Flower.
+"""Accuracy against bytes: CMD beside FedAvg, APF, top-k, FedPAQ, EDEN and adapters, on Flower.
 
     python -m benchmarks.federated --quick                     # digits, one seed, some minutes
     python -m benchmarks.federated --data-root DATA            # all of it, about 3 CPU hours
@@ -9,9 +9,10 @@
 
 The schedule of CMD (F, L, P, M, pooling, projection) is searched on seed 0 of CIFAR-10 IID alone:
 the most accurate one within 40 % of FedAvg's bytes, with 8-bit values within 12 %, with EDEN's
-within 6 %. Everything is reported on other seeds. Bytes are those of Flower's serialised
-messages, up and down, over all clients. Accuracy is the mean over the last five rounds. Rows are
-appended to ``results/federated.jsonl`` as runs end; a run that is there is not repeated.
+within 6 %; so are rank, scale and rate of low-rank adapters, within 6 %. Everything is reported on
+other seeds. Bytes are those of Flower's serialised messages, up and down, over all clients.
+Accuracy is the mean over the last five rounds. Rows are appended to ``results/federated.jsonl`` as
+runs end; a run that is there is not repeated.
 
 The problems are small on purpose, so that two cores finish: 1000 training images at 16x16 pixels
 (CIFAR-10) or 14x14 (MNIST) over 10 clients, a network of 15 thousand weights, 40 rounds of three
@@ -96,6 +97,12 @@ SCHEDULES_EDEN: tuple[dict[str, Any], ...] = tuple(
     )
 )
 
+# Low-rank adapters from scratch, 8 bits both ways: their rate and scale are searched alike.
+ADAPTERS: tuple[dict[str, Any], ...] = tuple(
+    {"method": "eden", "bits": 8, "adapters": rank, "adapter_scale": scale, "lr": lr}
+    for rank, scale, lr in product((2, 4), (2.0, 8.0), (0.1, 0.3))
+)
+
 BASELINES: dict[str, dict[str, Any]] = {
     "FedAvg": {"method": "fedavg"},
     "APF": {"method": "apf"},
@@ -110,13 +117,17 @@ IN_MANY = ("FedAvg", "top-k 10 %", "FedPAQ 8 bit", "EDEN 1 bit")
 
 
 def methods(
-    schedule: dict[str, Any], quantised: dict[str, Any], rotated: dict[str, Any]
+    schedule: dict[str, Any],
+    quantised: dict[str, Any],
+    rotated: dict[str, Any],
+    adapters: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Return the options of every row of the tables, for the schedules the search chose."""
     paper = SCHEDULES[0]
     absolute = {"relative": False, "embed_percent": 10.0}
     return {
         **BASELINES,
+        "low-rank adapters, 8 bit": adapters,
         "CMD, paper": {"method": "cmd", **paper},
         "CMD, paper, tie": {"method": "cmd", **paper, "project": "tie"},
         "CMD absolute": {"method": "cmd", **schedule, **absolute},
@@ -221,10 +232,11 @@ def search(
     results: Results, problem: dict[str, Any], schedules: Sequence[dict[str, Any]], budget: float
 ) -> dict[str, Any]:
     """Choose on seed 0: the most accurate schedule within a share of FedAvg's bytes."""
-    tried = [
-        (schedule, results.get("search", "CMD", {**problem, "method": "cmd", **schedule}, 0))
-        for schedule in schedules
-    ]
+    tried = []
+    for schedule in schedules:
+        name = "adapters" if "adapters" in schedule else "CMD"
+        options = {**problem, "method": "cmd", **schedule}
+        tried.append((schedule, results.get("search", name, options, 0)))
     affordable = [(schedule, row) for schedule, row in tried if share(row) <= budget]
     return max(affordable, key=lambda t: t[1]["accuracy"])[0]
 
@@ -254,7 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         quick = {**_STEPS, "modes": 50, "warmup": 3, "embed_every": 1, "embed_percent": 25.0}
         rotated = {**quick, "bits": 2, "coding": "eden"}
-        problems = {"digits, iid": (QUICK, methods(quick, {**quick, "bits": 8}, rotated))}
+        given = quick, {**quick, "bits": 8}, rotated, ADAPTERS[0]
+        problems = {"digits, iid": (QUICK, methods(*given))}
     else:
         searched = {**PROBLEMS["cifar10"], **LIMITS, "partition": "iid"}
         # Not needed to choose: it says what the schedules lose on the seed of the search.
@@ -265,6 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
                 (SCHEDULES, 0.40),
                 (SCHEDULES_8_BIT, 0.12),
                 (SCHEDULES_EDEN, 0.06),
+                (ADAPTERS, 0.06),
             )
         ]
         rows = methods(*chosen)
@@ -277,7 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.many:
             problems = {}
         if options.many or (options.only is None and options.partition is None):
-            problems[MANY_NAME] = MANY, methods_for_many(*chosen[1:])
+            problems[MANY_NAME] = MANY, methods_for_many(*chosen[1:3])
     seeds = range(1, 2 if options.quick else 1 + options.seeds)
     if options.seed is not None:
         seeds = range(options.seed, options.seed + 1)

@@ -1,8 +1,8 @@
 """Federated learning that sends less: embedded CMD between Flower's clients and server.
 
-:class:`ModeCodec` and :func:`partition_indices` need nothing but this package; everything else
-needs Flower (``pip install "cmd-plugin[federated]"``). Every name is imported when it is first
-used.
+:class:`ModeCodec`, :func:`partition_indices` and the adapters need nothing but this package;
+everything else needs Flower (``pip install "cmd-plugin[federated]"``). Every name is imported when
+it is first used.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from cmd_plugin._face import lazy_face
 
 if TYPE_CHECKING:
+    from cmd_plugin.federated.adapters import add_adapters as add_adapters
+    from cmd_plugin.federated.adapters import fold_adapters as fold_adapters
     from cmd_plugin.federated.baselines import APFStrategy as APFStrategy
     from cmd_plugin.federated.baselines import EDENStrategy as EDENStrategy
     from cmd_plugin.federated.baselines import FedPAQStrategy as FedPAQStrategy
@@ -45,6 +47,8 @@ _MODULES = {
     **_WITH_FLOWER,
     "FrameError": "frame",
     "ModeCodec": "codec",
+    "add_adapters": "adapters",
+    "fold_adapters": "adapters",
     "partition_indices": "partition",
 }
 

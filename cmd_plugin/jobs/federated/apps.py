@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from cmd_plugin.data import ImageData, load_dataset
 from cmd_plugin.data.splits import stratified_subset
+from cmd_plugin.federated.adapters import add_adapters
 from cmd_plugin.federated.baselines import (
     APFStrategy,
     EDENStrategy,
@@ -86,16 +87,25 @@ def held_out_images(options: SimulateOptions) -> Dataset[tuple[Tensor, Tensor]]:
     )
 
 
-def network(options: SimulateOptions, data: ImageData) -> nn.Module:
-    """Build the network of a run; initial weights come from torch's global random state."""
-    return build_model(options.model, data.channels, len(data.classes), data.size)
+def network(options: SimulateOptions, data: ImageData, *, adapted: bool = True) -> nn.Module:
+    """Build the network every run with this seed starts from.
 
-
-def initial_arrays(options: SimulateOptions) -> ArrayRecord:
-    """Return the model every run with this seed starts from."""
+    Args:
+        options: Options of the run.
+        data: Its images.
+        adapted: Whether with the adapters that the options ask for.
+    """
     with own_random_state():
         torch.manual_seed(options.seed)
-        return ArrayRecord(network(options, data_of(options)).state_dict())
+        model = build_model(options.model, data.channels, len(data.classes), data.size)
+        if adapted and options.adapters is not None:
+            add_adapters(model, options.adapters, options.adapter_scale)
+    return model
+
+
+def initial_arrays(options: SimulateOptions, *, adapted: bool = True) -> ArrayRecord:
+    """Return the model every run with this seed starts from; see :func:`network`."""
+    return ArrayRecord(network(options, data_of(options), adapted=adapted).state_dict())
 
 
 # -- clients --------------------------------------------------------------------------------------

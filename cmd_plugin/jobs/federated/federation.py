@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, get_type_hints
 
+import numpy as np
 import torch
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from cmd_plugin.data import make_loader
 from cmd_plugin.errors import InputError, StateMismatch
-from cmd_plugin.federated._flower import numpy_arrays
+from cmd_plugin.federated._flower import numpy_arrays, serialised_bytes
 from cmd_plugin.federated._memory import (
     read_named_arrays,
     restore_strategy,
     save_named_arrays,
     save_strategy,
 )
+from cmd_plugin.federated.adapters import fold_adapters
 from cmd_plugin.federated.baselines import APFStrategy
 from cmd_plugin.federated.inprocess import InProcessGrid
 from cmd_plugin.federated.packing import Packing
@@ -37,7 +40,7 @@ from cmd_plugin.jobs.federated.apps import (
 )
 from cmd_plugin.jobs.federated.options import SimulateOptions
 from cmd_plugin.networks import evaluate
-from cmd_plugin.runs.process import own_random_state, own_threads
+from cmd_plugin.runs.process import own_threads
 
 __all__ = ["COLUMNS", "Federation", "Round"]
 
@@ -54,7 +57,8 @@ class Round:
         loss: Its held-out cross entropy in nats.
         bytes_up: Message bytes from clients in this round.
         bytes_down: Message bytes to clients in this round.
-        fedavg_bytes: Message bytes of the same round had the model been sent as plain arrays.
+        fedavg_bytes: Message bytes of the same round had the model been sent as plain arrays, the
+            whole of it where adapters are.
         fedavg_bytes_up: Those from clients.
         fedavg_bytes_down: Those to clients.
         embedded_fraction: Share of the weights that is not sent in the next round.
@@ -102,8 +106,8 @@ class Federation:
         self._options = options
         self._clients = clients
         self._held_out = make_loader(held_out_images(options), _EVALUATION_BATCH)
-        with own_random_state():
-            self._model = network(options, data_of(options))
+        self._model = network(options, data_of(options))
+        self._left_out = _bytes_left_out(options, self.arrays)
 
     def advance(self) -> Round:
         """Run the next round; number 0 only evaluates the initial model.
@@ -124,14 +128,15 @@ class Federation:
             )
         if number and self.arrays is before:
             raise InputError(self._why_nothing_was_learned(number))
-        up = self.grid.traffic.bytes_up - sum(r.bytes_up for r in self.rounds)
-        down = self.grid.traffic.bytes_down - sum(r.bytes_down for r in self.rounds)
-        plain_up, plain_down, embedded = up, down, 0.0
+        sent, plain, embedded = self.grid.traffic, self.grid.traffic, 0.0
         if isinstance(self.strategy, FrameStrategy):
-            traffic = self.strategy.traffic
-            plain_up = traffic.plain_up - sum(r.fedavg_bytes_up for r in self.rounds)
-            plain_down = traffic.plain_down - sum(r.fedavg_bytes_down for r in self.rounds)
-            embedded = self.strategy.embedded_fraction
+            plain, embedded = self.strategy.traffic, self.strategy.embedded_fraction
+        up = sent.bytes_up - sum(r.bytes_up for r in self.rounds)
+        down = sent.bytes_down - sum(r.bytes_down for r in self.rounds)
+        plain_up = plain.plain_up + self._left_out * sent.messages_up
+        plain_down = plain.plain_down + self._left_out * sent.messages_down
+        plain_up -= sum(r.fedavg_bytes_up for r in self.rounds)
+        plain_down -= sum(r.fedavg_bytes_down for r in self.rounds)
         ended = Round(
             number,
             score.accuracy,
@@ -158,8 +163,12 @@ class Federation:
         )
 
     def model(self) -> dict[str, Tensor]:
-        """Return a copy of the global model's tensors by name."""
-        return {name: torch.from_numpy(a.copy()) for name, a in numpy_arrays(self.arrays).items()}
+        """Return a copy of the global model's tensors by name; adapters are folded in."""
+        if self._options.adapters is None:
+            arrays = numpy_arrays(self.arrays)
+            return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        self._model.load_state_dict(self.arrays.to_torch_state_dict())
+        return fold_adapters(self._model)
 
     def metrics(self) -> dict[str, Any]:
         """Return what has been found so far, as JSON types."""
@@ -240,3 +249,19 @@ class Federation:
         self._clients.load_state_dict(clients)
         self.rounds, self.arrays, self.grid.traffic = rounds, arrays, traffic
         random.setstate(drawn)
+
+
+def _bytes_left_out(options: SimulateOptions, arrays: ArrayRecord) -> int:
+    """How many bytes a message with the whole network has more than one with its adapters."""
+    if options.adapters is None:
+        return 0
+    whole = initial_arrays(options, adapted=False)
+    return _message_bytes(whole) - _message_bytes(arrays)
+
+
+def _message_bytes(arrays: ArrayRecord) -> int:
+    """Bytes of a message with such arrays, of which no two are equal: Flower sends those once."""
+    values = numpy_arrays(arrays).items()
+    different = {name: np.full_like(a, number) for number, (name, a) in enumerate(values)}
+    record = ArrayRecord({name: Array(array) for name, array in different.items()})
+    return serialised_bytes(Message(RecordDict({"arrays": record}), 0, "train"))

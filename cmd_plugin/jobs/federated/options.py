@@ -78,6 +78,16 @@ class SimulateOptions(ImageOptions):
         at_least=1,
         only={"aggregate": ("trimmed", "krum")},
     )
+    adapters: int | None = option(
+        None,
+        "Train low-rank adapters of so many ranks beside frozen random convolutions, with any "
+        "method; with fedpaq it is FLoCoRA.",
+        panel=_FEDERATION,
+        at_least=1,
+    )
+    adapter_scale: float = option(
+        16.0, "What their product is multiplied by.", panel=_FEDERATION, above=0
+    )
     method: str = option(
         "cmd", "fedavg, cmd, apf, a-apf, topk, fedpaq or eden.", panel=_METHOD, choices=METHODS
     )
