@@ -126,15 +126,13 @@ class Tracker:
             Whether it was taken in; if not, the state is what it was, bit for bit.
         """
         self._ahead = None
-        if not bool(members.isfinite().all()):
-            return False
         profile = self.choice.profile(members)
         step = profile - self.profile_mean
         keep = self.forgetting
         count = keep * self.count + 1.0
         blend = 1.0 / count
         squares = keep * self.squares + step.square() * (1.0 - blend)
-        if not bool(squares.isfinite().all()):
+        if not bool(squares.isfinite().all()):  # nor are they if a member is not
             return False
         slope, unit = self._in_unit_near(squares)
         gain = step * (1.0 - blend) / unit
