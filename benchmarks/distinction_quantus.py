@@ -6,7 +6,7 @@
 
 Quantus is under the GPLv3, so the package neither imports it nor depends on it; this script is not
 part of the package. It reads `maps.npz`, whose arrays have the names and shapes Quantus takes, and
-asks the classifier of the folder. Pixel flipping (area under the curve) is better when lower;
+asks the classifier of the folder. Pixel flipping (mean over its steps) is better when lower;
 sparseness, and with masks rank accuracy, mass accuracy and the pointing game, when higher.
 """
 
@@ -40,7 +40,7 @@ def build_metrics(quantus: Any, pixels: int, *, marked: bool) -> dict[str, Any]:
     step = next(n for n in range(max(1, pixels // _STEPS), 0, -1) if pixels % n == 0)
     metrics = {
         "pixel flipping": quantus.PixelFlipping(
-            features_in_step=step, perturb_baseline="mean", return_auc_per_sample=True, **quiet
+            features_in_step=step, perturb_baseline="mean", return_auc_per_sample=False, **quiet
         ),
         "sparseness": quantus.Sparseness(**quiet),
         "complexity": quantus.Complexity(**quiet),
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             cells.append(f"{np.nanmean(np.asarray(scores, dtype=float)):.3f}")
         table.add_row(name, *cells)
-    console = Console(highlight=False, markup=False)
+    console = Console(width=120, highlight=False, markup=False)
     console.print(table)
     for name, reason in left_out.items():
         console.print(f"left out {name}: {reason}")
