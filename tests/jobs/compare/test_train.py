@@ -30,7 +30,15 @@ from cmd_plugin.runs.process import quiet_lightning
 from cmd_plugin.runs.progress import Progress
 
 OPTIONS = TrainOptions(
-    train_limit=120, batch_size=40, epochs=6, warmup=3, modes=3, samples=120, seeds=2, ema_decay=0.7
+    model="cnn:4",
+    train_limit=120,
+    batch_size=40,
+    epochs=6,
+    warmup=3,
+    modes=3,
+    samples=120,
+    seeds=2,
+    ema_decay=0.7,
 )
 STEPS = 3  # a seed's steps in an epoch
 
@@ -101,7 +109,7 @@ def test_the_table_is_the_last_epoch(finished: Path) -> None:
 def test_raw_weights_are_those_of_a_plain_lightning_run(finished: Path) -> None:
     data = load_dataset("digits", train_limit=120)
     torch.manual_seed(0)
-    module = Classifier(build_model("cnn", 1, 10, (8, 8)), 10, seed=0)
+    module = Classifier(build_model("cnn:4", 1, 10, (8, 8)), 10, seed=0)
     with quiet_lightning():
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -118,7 +126,7 @@ def test_raw_weights_are_those_of_a_plain_lightning_run(finished: Path) -> None:
 
 
 def test_the_exported_network_scores_what_the_table_says(finished: Path) -> None:
-    model = build_model("cnn", 1, 10, (8, 8))
+    model = build_model("cnn:4", 1, 10, (8, 8))
     model.load_state_dict(load_file(finished / "model_cmd.safetensors"), strict=True)
     data = load_dataset("digits", train_limit=120)
     score = evaluate(model, make_loader(data.test, 512))
