@@ -10,8 +10,8 @@ from collections.abc import Iterator
 # Before anything imports matplotlib, a model hub or torch; child processes of a test inherit them.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Threads that wait for one another spin: on two cores, two test processes with two threads each take
-# many times the processor time of one thread each. A test that needs more threads asks for them.
+# Threads that wait for one another spin: on two cores, two test processes with two threads each
+# take many times the processor time of one thread each. A test that needs more asks for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

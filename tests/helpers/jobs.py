@@ -124,12 +124,17 @@ class JobCase:
 def start(script: str, limit: int, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own, under one of the scripts above."""
     code = {"plain": _PLAIN, "killed": _KILLED, "full": _FULL}[script]
-    arguments, server = [str(limit), *command], _server()
+    return run_script(code, str(limit), *command)
+
+
+def run_script(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own, as ``python -c code arguments`` does."""
+    server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         output = [Path(folder, name) for name in ("stdout", "stderr")]
-        print(json.dumps([code, arguments, list(map(str, output))]), file=server.stdin, flush=True)
+        print(json.dumps([code, arguments, [*map(str, output)]]), file=server.stdin, flush=True)
         status = int(server.stdout.readline())
         printed = (path.read_text("utf-8") for path in output)
         return subprocess.CompletedProcess(arguments, status, *printed)

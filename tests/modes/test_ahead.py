@@ -119,9 +119,7 @@ LOOKS: dict[str, Callable[[OnlineModes], Any]] = {
 
 
 @pytest.mark.parametrize("look", list(LOOKS))
-def test_nan_is_reported_by_name_at_the_next_look(
-    look: str, undisturbed: dict[str, Any]
-) -> None:
+def test_nan_is_reported_by_name_at_the_next_look(look: str, undisturbed: dict[str, Any]) -> None:
     rows = walks(12, 1400).float()
     net, modes = vector_run(rows, 8)
     before = modes.state_dict()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from cmd_plugin.modes import Decomposition
 from cmd_plugin.networks import build_model, evaluate
 from cmd_plugin.runs.process import quiet_lightning
 from cmd_plugin.runs.progress import Progress
+from tests.helpers.jobs import run_script
 
 OPTIONS = TrainOptions(
     model="cnn:4",
@@ -239,12 +237,9 @@ run(TrainOptions(**eval(sys.argv[4])), sys.argv[1])
 @pytest.mark.parametrize("step", [2 * STEPS + 1, 4 * STEPS + 2])
 def test_a_killed_run_ends_as_if_it_were_not(finished: Path, tmp_path: Path, step: int) -> None:
     out = tmp_path / "out"
-    options = repr(OPTIONS.as_dict())
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(out), str(step)]
-    command += [str(torch.get_num_threads()), options]
-    root = Path(__file__).parents[3]
-    child = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, check=False)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    threads, options = str(torch.get_num_threads()), repr(OPTIONS.as_dict())
+    child = run_script(KILLED, str(out), str(step), threads, options)
+    assert child.returncode == -signal.SIGKILL, child.stderr
     run(OPTIONS, out, resume=True)
     same_results(finished, out)
 

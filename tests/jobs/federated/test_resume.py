@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from cmd_plugin.errors import InputError
 from cmd_plugin.jobs.federated import SimulateOptions, apps, simulate
 from cmd_plugin.jobs.federated.saving import load_state, save_state
 from cmd_plugin.runs.result import Result
+from tests.helpers.jobs import run_script
 
 SMALL: dict[str, Any] = {
     "clients": 4,
@@ -124,15 +122,7 @@ def test_killed_three_times_and_resumed(
     out = tmp_path / "out"
     for number in range(3):
         batches = draw.randrange(1, total // 2)
-        command = [sys.executable, "-W", "ignore", "-c", KILLED, str(out), str(batches)]
-        child = subprocess.run(
-            [*command, repr(options), str(number > 0)],
-            cwd=Path(__file__).parents[3],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        child = run_script(KILLED, str(out), str(batches), repr(options), str(number > 0))
         if child.returncode == 0:  # so few rounds were left that it ended before
             break
         assert child.returncode == -signal.SIGKILL, child.stderr
