@@ -42,6 +42,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that compare numbers need not draw them."""
+    monkeypatch.setattr(simulate, "draw_report", lambda *_: None)
+    monkeypatch.setattr(simulate, "save_figure", lambda *_: None)
+
+
 def left(out: Path) -> tuple[dict[str, bytes], Any]:
     """What a run left that may not depend on when it was stopped."""
     result = Result.load(out / "result.json")
