@@ -26,7 +26,7 @@ from torch import nn
 
 from cmd_plugin.callbacks import CMDCallback
 from cmd_plugin.errors import StateMismatch
-from tests.helpers.jobs import run_script
+from tests.helpers.processes import run_script
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 EPOCHS = 7

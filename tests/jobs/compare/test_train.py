@@ -25,7 +25,7 @@ from cmd_plugin.modes import Decomposition
 from cmd_plugin.networks import build_model, evaluate
 from cmd_plugin.runs.process import quiet_lightning
 from cmd_plugin.runs.progress import Progress
-from tests.helpers.jobs import run_script
+from tests.helpers.processes import run_script
 
 OPTIONS = TrainOptions(
     model="cnn:4",

@@ -14,7 +14,7 @@ from cmd_plugin.errors import InputError
 from cmd_plugin.jobs.federated import SimulateOptions, apps, simulate
 from cmd_plugin.jobs.federated.saving import load_state, save_state
 from cmd_plugin.runs.result import Result
-from tests.helpers.jobs import run_script
+from tests.helpers.processes import run_script
 
 SMALL: dict[str, Any] = {
     "clients": 4,
