@@ -7,9 +7,13 @@ import random
 import sys
 from collections.abc import Iterator
 
-# Before anything imports matplotlib or a model hub; every child process of a test inherits both.
+# Before anything imports matplotlib, a model hub or torch; child processes of a test inherit them.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads that wait for one another spin: on two cores, two test processes with two threads each
+# take many times the processor time of one thread each. A test that needs more asks for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
@@ -28,6 +32,12 @@ settings.register_profile(
 settings.register_profile("dev", deadline=None, max_examples=100)
 settings.register_profile("deep", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let several processes keep the order below: theirs has a file of one long test last."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

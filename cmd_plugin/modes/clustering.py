@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.cluster import hierarchy
 from torch import Tensor
 
 __all__ = [
@@ -75,6 +74,8 @@ def cluster_correlations(correlation: Tensor, modes: int) -> Tensor:
     count = correlation.shape[0]
     if count == 1 or modes == 1:
         return torch.zeros(count, dtype=torch.int64)
+    from scipy.cluster import hierarchy  # takes most of a second to import
+
     tree = hierarchy.linkage(row_distances(correlation), method="complete")
     labels = torch.from_numpy(
         hierarchy.fcluster(tree, t=modes, criterion="maxclust").astype(np.int64) - 1

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,8 @@ import pytest
 import torch
 from callback_toys import CASES, distributed_run, same
 from clip_toys import geometry_run
+
+from tests.helpers.processes import run_ranks
 
 pytest.importorskip("lightning")
 
@@ -37,31 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What both ranks ended with in every case; two processes go through all cases."""
     folder = tmp_path_factory.mktemp("ddp")
     script, ports = Path(__file__).parents[1] / "helpers" / "ddp_run.py", free_ports(len(CASES) + 1)
-    children = []
-    try:
-        for rank in range(2):
-            environment = {
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "LOCAL_RANK": str(rank),  # tells Lightning that the processes exist already
-                "NODE_RANK": "0",
-            }
-            log = (folder / f"{rank}.log").open("w")
-            command = [sys.executable, str(script), str(folder), str(rank), *ports]
-            children.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
-            log.close()
-        for rank, child in enumerate(children):
-            code = child.wait(timeout=300)
-            assert code == 0, (folder / f"{rank}.log").read_text()[-3000:]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
+    run_ranks(script, folder, *ports)
     found = {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
         for name in (*CASES, "geometry")

@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from torch import nn
 
 from cmd_plugin.callbacks import CMDCallback
 from cmd_plugin.errors import StateMismatch
+from tests.helpers.processes import run_script
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 EPOCHS = 7
@@ -367,13 +365,22 @@ def test_resuming_a_finished_run_keeps_its_state(tmp_path: Path) -> None:
     assert same(states[0], states[1])
 
 
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from callback_toys import train_with_checkpoints
+torch.set_num_threads(1)
+train_with_checkpoints(Path(sys.argv[2]), kill_at=int(sys.argv[3]))
+"""
+
+
 @pytest.mark.slow
 def test_killed_process_resumes_exactly(tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch: no hook runs, only the file on disk is left."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HELPERS / "killed_run.py"), str(tmp_path), "27"]
-    child = subprocess.run(command, env=environment, timeout=300, check=False)
-    assert child.returncode == -signal.SIGKILL
+    child = run_script(KILLED, str(HELPERS), str(tmp_path), "27")
+    assert child.returncode == -signal.SIGKILL, child.stderr
     resumed = train_with_checkpoints(tmp_path, resume=True)
     assert same(resumed, train_with_checkpoints(tmp_path / "whole"))
     assert resumed["state"]["modes"]["updates"] == EPOCHS

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 
 from cmd_plugin.clip import FeatureGaussian, GaussianStatistics, WhitenedLikelihood, Whitening
 from cmd_plugin.errors import InputError
+from tests.helpers.processes import run_ranks
 
 DIM = 5
 
@@ -122,26 +120,7 @@ def test_the_likelihood_is_the_mean_over_rows() -> None:
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_processes_hold_the_gaussian_of_all_rows(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("ddp_metrics.py")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path), str(rank)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for child in children:
-        _, errors = child.communicate(timeout=120)
-        assert child.returncode == 0, errors[-2000:]
+    run_ranks(Path(__file__).with_name("ddp_metrics.py"), tmp_path)
     expected = statistics(0, 1, 2).compute()
     whitening = Whitening.fit(statistics(0, 1, 2), shrinkage="none")
     for rank in range(2):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
-import os
 import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.processes import run_script
 
 # Ends the process, without a word, before its change number K of the file system.
 _KILLED = """
@@ -57,47 +52,6 @@ from cmd_plugin.cli.main import run
 run(sys.argv[2:])
 """
 
-# Runs each script it is asked for in a fork of its own: as fresh as a new process, without the
-# seconds that imports take.
-_SERVER = """
-import json, os, sys, traceback
-import matplotlib.figure, pytorch_lightning, sklearn.datasets, torch, torchvision
-import cmd_plugin.cli.main
-for line in sys.stdin:
-    code, arguments, output = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for number, name in enumerate(output, 1):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv, status = ["-c", *arguments], 0
-        try:
-            exec(code, {"__name__": "__main__"})
-        except SystemExit as ended:
-            status = ended.code or 0
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@functools.cache
-def _server() -> subprocess.Popen[str]:
-    server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _SERVER],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    atexit.register(server.terminate)
-    return server
-
 
 @dataclass(frozen=True)
 class JobCase:
@@ -124,15 +78,7 @@ class JobCase:
 def start(script: str, limit: int, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own, under one of the scripts above."""
     code = {"plain": _PLAIN, "killed": _KILLED, "full": _FULL}[script]
-    arguments, server = [str(limit), *command], _server()
-    assert server.stdin is not None
-    assert server.stdout is not None
-    with tempfile.TemporaryDirectory() as folder:
-        output = [Path(folder, name) for name in ("stdout", "stderr")]
-        print(json.dumps([code, arguments, list(map(str, output))]), file=server.stdin, flush=True)
-        status = int(server.stdout.readline())
-        printed = (path.read_text("utf-8") for path in output)
-        return subprocess.CompletedProcess(arguments, status, *printed)
+    return run_script(code, str(limit), *command)
 
 
 def published(out: Path, case: JobCase) -> dict[str, Any]:

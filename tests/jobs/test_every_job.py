@@ -35,6 +35,7 @@ CASES = [
         (
             *("--train-limit", "120", "--batch-size", "40", "--epochs", "4", "--warmup", "2"),
             *("--modes", "3", "--samples", "100", "--seeds", "2", "--threads", "1"),
+            *("--model", "cnn:4"),
         ),
         ("--lr", "0.01"),
     ),
@@ -168,7 +169,6 @@ IDS = [case.name for case in CASES]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What commands read: checkpoints, a cloud with a network, embeddings, a denoiser."""
     """What commands read: four checkpoints, a cloud and pictures with networks for them."""
     folder = tmp_path_factory.mktemp("inputs")
     draw = torch.Generator().manual_seed(0)

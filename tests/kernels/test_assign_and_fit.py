@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -156,20 +156,19 @@ def test_the_last_of_256_modes_can_win() -> None:
     assert (fit.scale - 1).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("modes", [1, 5, 256])
-def test_non_finite_rows_stay_in_range_and_alone(value: float, modes: int) -> None:
+def test_non_finite_rows_stay_in_range_and_alone(modes: int) -> None:
     trajectory, profiles = walks(9, 300), profiles_of(9, modes)
     clean = assign_and_fit(trajectory, profiles)
-    broken = trajectory.clone()
-    broken[4, 7] = value
-    broken[0, 8] = value
-    broken[:, 9] = value
+    broken, others = trajectory.clone(), torch.ones(300, dtype=torch.bool)
+    for first, value in ((7, float("nan")), (107, float("inf")), (207, -float("inf"))):
+        broken[4, first] = value
+        broken[0, first + 1] = value
+        broken[:, first + 2] = value
+        others[first : first + 3] = False
     fit = assign_and_fit(broken, profiles)
     assert int(fit.mode.max()) < modes
-    assert not torch.isfinite(fit.total[7:10]).any()
-    others = torch.ones(300, dtype=torch.bool)
-    others[7:10] = False
+    assert not torch.isfinite(fit.total[~others]).any()
     for before, after in zip(clean, fit, strict=True):
         assert torch.equal(before[others], after[others])
 
@@ -197,14 +196,18 @@ def test_rounding_noise_is_constant_and_real_movement_is_not() -> None:
     assert float(fit.scale[1]) != 0
 
 
+# A whole block of the interpreter's and a rest, or several of the other paths'.
+PLANTED = 600 if INTERPRETING else 4000
+
+
 @pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
 def test_an_offset_costs_no_accuracy(ratio: float) -> None:
     """The authors' float32 formula gets half of the modes wrong at mean / std = 1000."""
     generator = torch.Generator().manual_seed(3)
     profiles = profiles_of(21, 10)
     profiles = (profiles - profiles.mean(dim=1, keepdim=True)) / profiles.std(dim=1, keepdim=True)
-    planted = torch.randint(10, (4000,), generator=generator)
-    rows = profiles[planted].T + ratio * (1 + torch.rand(4000, generator=generator).double())
+    planted = torch.randint(10, (PLANTED,), generator=generator)
+    rows = profiles[planted].T + ratio * (1 + torch.rand(PLANTED, generator=generator).double())
     fit = assign_and_fit(rows.float(), profiles)
     assert torch.equal(fit.mode.long(), planted)
 
@@ -216,7 +219,7 @@ def test_near_constant_weights_keep_their_mode(spread: float) -> None:
     basis = torch.linalg.qr(torch.randn(40, 10, generator=generator).double())[0]
     profiles = basis.T - basis.T.mean(dim=1, keepdim=True)
     profiles /= profiles.std(dim=1, keepdim=True)
-    planted = torch.randint(10, (4000,), generator=generator)
+    planted = torch.randint(10, (PLANTED,), generator=generator)
     rows = 1 + spread * profiles[planted].T
     fit = assign_and_fit(rows.float(), profiles)
     assert torch.equal(fit.mode.long(), planted)
@@ -356,8 +359,9 @@ def test_another_candidate_never_hurts(seed: int) -> None:
         model = fit.mean + fit.scale * centred[fit.mode.long()].T
         return (trajectory - model).square().sum(dim=0)
 
-    for count in (1, 2, 3):
-        assert (residual(count + 1) <= residual(count) * (1 + 1e-12)).all()
+    residuals = [residual(count) for count in (1, 2, 3, 4)]
+    for fewer, more in pairwise(residuals):
+        assert (more <= fewer * (1 + 1e-12)).all()
 
 
 @pytest.mark.parametrize(

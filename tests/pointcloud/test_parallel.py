@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,31 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cmd_plugin.pointcloud import build_network, point_importance, refocus
+from tests.helpers.processes import run_ranks
 
 
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_two_processes_score_their_own_clouds(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("ddp_points.py")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path), str(rank)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for child in children:
-        _, errors = child.communicate(timeout=120)
-        assert child.returncode == 0, errors[-2000:]
+    run_ranks(Path(__file__).with_name("ddp_points.py"), tmp_path)
     torch.manual_seed(0)
     network = build_network("pointnet", 4, width=0.25)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]

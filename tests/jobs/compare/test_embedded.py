@@ -21,6 +21,7 @@ from cmd_plugin.modes import Decomposition
 from cmd_plugin.runs.progress import Progress
 
 OPTIONS = TrainOptions(
+    model="cnn:4",
     train_limit=120,
     batch_size=40,
     epochs=6,

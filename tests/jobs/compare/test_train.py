@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +25,18 @@ from cmd_plugin.modes import Decomposition
 from cmd_plugin.networks import build_model, evaluate
 from cmd_plugin.runs.process import quiet_lightning
 from cmd_plugin.runs.progress import Progress
+from tests.helpers.processes import run_script
 
 OPTIONS = TrainOptions(
-    train_limit=120, batch_size=40, epochs=6, warmup=3, modes=3, samples=120, seeds=2, ema_decay=0.7
+    model="cnn:4",
+    train_limit=120,
+    batch_size=40,
+    epochs=6,
+    warmup=3,
+    modes=3,
+    samples=120,
+    seeds=2,
+    ema_decay=0.7,
 )
 STEPS = 3  # a seed's steps in an epoch
 
@@ -101,7 +107,7 @@ def test_the_table_is_the_last_epoch(finished: Path) -> None:
 def test_raw_weights_are_those_of_a_plain_lightning_run(finished: Path) -> None:
     data = load_dataset("digits", train_limit=120)
     torch.manual_seed(0)
-    module = Classifier(build_model("cnn", 1, 10, (8, 8)), 10, seed=0)
+    module = Classifier(build_model("cnn:4", 1, 10, (8, 8)), 10, seed=0)
     with quiet_lightning():
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -118,7 +124,7 @@ def test_raw_weights_are_those_of_a_plain_lightning_run(finished: Path) -> None:
 
 
 def test_the_exported_network_scores_what_the_table_says(finished: Path) -> None:
-    model = build_model("cnn", 1, 10, (8, 8))
+    model = build_model("cnn:4", 1, 10, (8, 8))
     model.load_state_dict(load_file(finished / "model_cmd.safetensors"), strict=True)
     data = load_dataset("digits", train_limit=120)
     score = evaluate(model, make_loader(data.test, 512))
@@ -231,12 +237,9 @@ run(TrainOptions(**eval(sys.argv[4])), sys.argv[1])
 @pytest.mark.parametrize("step", [2 * STEPS + 1, 4 * STEPS + 2])
 def test_a_killed_run_ends_as_if_it_were_not(finished: Path, tmp_path: Path, step: int) -> None:
     out = tmp_path / "out"
-    options = repr(OPTIONS.as_dict())
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(out), str(step)]
-    command += [str(torch.get_num_threads()), options]
-    root = Path(__file__).parents[3]
-    child = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, check=False)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    threads, options = str(torch.get_num_threads()), repr(OPTIONS.as_dict())
+    child = run_script(KILLED, str(out), str(step), threads, options)
+    assert child.returncode == -signal.SIGKILL, child.stderr
     run(OPTIONS, out, resume=True)
     same_results(finished, out)
 

@@ -49,7 +49,7 @@ def test_the_app_is_small_enough_for_flower_to_send() -> None:
 def test_a_supernode_killed_in_mid_round_and_restarted(tmp_path: Path) -> None:
     """The round goes on without it, the new one is sent everything, training ends."""
     example = load_example()
-    out, rounds = tmp_path / "out", 8
+    out, rounds = tmp_path / "out", 6
     table, log = out / "unfinished/metrics.csv", tmp_path / "supernode1.log"
 
     def finished() -> int:
@@ -59,12 +59,13 @@ def test_a_supernode_killed_in_mid_round_and_restarted(tmp_path: Path) -> None:
     def received() -> int:
         return log.read_text(errors="replace").count("Receiving: train message")
 
-    options = {"rounds": rounds, "train-limit": 200, "test-limit": 100, "out": str(out)}
+    options = {"rounds": rounds, "embed-every": 1, "train-limit": 200, "test-limit": 100}
+    options["out"] = str(out)
     with example.federation(tmp_path) as running:
         groups = [process.pid for process in running.processes.values()]
         run = running.submit(options)
-        # After the event of round 5 there is a plan that the restarted node does not know.
-        running.wait_until(lambda: finished() >= 5 and received() > finished(), "round 6")
+        # After the event of round 4 there is a plan that the restarted node does not know.
+        running.wait_until(lambda: finished() >= 4 and received() > finished(), "round 5")
         killed_in = finished() + 1
         running.kill_node(1)
         running.start_node(1)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from cmd_plugin.errors import InputError
 from cmd_plugin.jobs.federated import SimulateOptions, apps, simulate
 from cmd_plugin.jobs.federated.saving import load_state, save_state
 from cmd_plugin.runs.result import Result
+from tests.helpers.processes import run_script
 
 SMALL: dict[str, Any] = {
     "clients": 4,
@@ -42,6 +40,13 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that compare numbers need not draw them."""
+    monkeypatch.setattr(simulate, "draw_report", lambda *_: None)
+    monkeypatch.setattr(simulate, "save_figure", lambda *_: None)
 
 
 def left(out: Path) -> tuple[dict[str, bytes], Any]:
@@ -124,15 +129,7 @@ def test_killed_three_times_and_resumed(
     out = tmp_path / "out"
     for number in range(3):
         batches = draw.randrange(1, total // 2)
-        command = [sys.executable, "-W", "ignore", "-c", KILLED, str(out), str(batches)]
-        child = subprocess.run(
-            [*command, repr(options), str(number > 0)],
-            cwd=Path(__file__).parents[3],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        child = run_script(KILLED, str(out), str(batches), repr(options), str(number > 0))
         if child.returncode == 0:  # so few rounds were left that it ended before
             break
         assert child.returncode == -signal.SIGKILL, child.stderr
