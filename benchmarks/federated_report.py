@@ -24,6 +24,7 @@ COLORS = {
     "FedPAQ 8 bit": "#CC79A7",
     "EDEN 2 bit": "#000000",
     "EDEN 1 bit": "#000000",
+    "low-rank adapters": "#8c564b",
     "CMD, paper": "#E69F00",
     "CMD, paper, tie": "#999933",
     "CMD absolute": "#882255",
