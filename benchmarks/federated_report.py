@@ -125,6 +125,8 @@ def draw(path: Path, problems: dict[str, dict[str, list[dict[str, Any]]]]) -> No
             axes.set_xlabel("bytes so far, % of what FedAvg sends in the run (log)")
             axes.set_ylabel("held-out accuracy, %, mean of 5 rounds")
             axes.spines[["top", "right"]].set_visible(False)
+        for axes in panels.flat[len(problems) :]:
+            axes.set_visible(False)
         handles, labels = panels.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4)
         path.parent.mkdir(parents=True, exist_ok=True)
