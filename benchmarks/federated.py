@@ -247,7 +247,7 @@ def search(
         row = results.get(*asked) if run else results.find(*asked)
         if row is not None and share(row) <= budget:
             affordable.append((schedule, row))
-    if not affordable:
+    if not affordable and not run:
         return schedules[0]
     return max(affordable, key=lambda t: t[1]["accuracy"])[0]
 

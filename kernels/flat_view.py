@@ -158,8 +158,9 @@ class FlatView:
             places = {dtype: flat.data_ptr() for dtype, flat in memory.items()}
             if self._copied is None:
                 self._copied = places, view.pointer_table()
-            before, table = self._copied
-            view._table = table.moved({dtype: places[dtype] - before[dtype] for dtype in places})
+            else:
+                before, table = self._copied
+                view._table = table.moved({d: places[d] - before[d] for d in places})
         return view
 
     def pointer_table(self, beside: FlatView | None = None) -> PointerTable:
