@@ -73,8 +73,10 @@ def add_adapters(model: nn.Module, rank: int, scale: float = 16.0) -> int:
         How many weights the state has less.
 
     Raises:
-        InputError: If no convolution gets an adapter.
+        InputError: If the rank is below 1, or no convolution gets an adapter.
     """
+    if rank < 1:
+        raise InputError(f"rank must be at least 1, got {rank}.")
     saved = 0
     for parent in list(model.modules()):
         for name, child in parent.named_children():

@@ -83,3 +83,8 @@ def test_strides_padding_and_bias_stay() -> None:
 def test_a_rank_that_saves_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="rank 40"):
         network(40)
+
+
+def test_a_rank_below_one_is_refused() -> None:
+    with pytest.raises(InputError, match="rank must be at least 1, got 0"):
+        network(0)
